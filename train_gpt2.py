@@ -214,7 +214,7 @@ class Model(nn.Module):
 
 
 # ==========================================================================================================
-# Loss: from here on the same in every script
+# Loss: the same in every script
 
 
 class HeadLoss(torch.autograd.Function):
@@ -264,7 +264,7 @@ def head_loss(x, weight, targets, reduction):
 
 
 # ==========================================================================================================
-# Set-up
+# Set-up: the same in every script
 
 
 def check_config(config, world):
@@ -352,7 +352,7 @@ def resumed_config(checkpoint, given):
 
 
 # ==========================================================================================================
-# Training
+# Training: the same in every script
 
 
 def get_lr(config, step):
