@@ -78,7 +78,9 @@ def option(default, help, choices=None):
 def parse_options(parser, Config):
     """(the fields of dataclass Config given on the command line as a dict, the parser's own options)."""
     for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, choices=field.metadata["choices"], metavar="",
+        # torchrun takes --run for an abbreviation of an option of its own, so the full name is --run_name
+        names = ["--run_name", "--run"] if field.name == "run_name" else [f"--{field.name}"]
+        parser.add_argument(*names, dest=field.name, type=field.type, choices=field.metadata["choices"], metavar="",
                             default=argparse.SUPPRESS, help=f"{field.metadata['help']} [{field.default}]")
     args = parse_strictly(parser)
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if field.name in args}, args
@@ -413,7 +415,7 @@ def write_shards(folder, manifest, source, last_shard, total=None):
 
 
 def write_range(folder, manifest, source, first, last, bar):
-    """Writes shards first to last (None: to the end of the source, which then is marked in the manifest)."""
+    """Writes shards first to last; None, or a source that ends before, makes the manifest complete."""
     shards, k = manifest["shards"], first
 
     def finish(n_tokens, position):
@@ -453,9 +455,8 @@ def write_range(folder, manifest, source, first, last, bar):
                 buffer = np.empty(size, dtype=np.uint16)
     if filled:
         finish(filled, None)
-    if last is None or k < last:
-        manifest["complete"] = True
-        write_manifest(folder, manifest)
+    manifest["complete"] = True
+    write_manifest(folder, manifest)
 
 
 def check_disk(folder, need):
@@ -566,7 +567,7 @@ def fetch(repo, name, revision, folder):
                                                        local_dir=folder)))
 
 
-def tokenize_hub(folder, dataset, last_shard, tokenizer, workers):
+def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     """Downloads a dataset's parquet files one by one, the next one ahead, and writes their tokens as shards."""
     repo, prefix = DATASETS[dataset][:2]
     old = read_manifest(folder)
@@ -575,11 +576,11 @@ def tokenize_hub(folder, dataset, last_shard, tokenizer, workers):
     if not files:
         fail(f"{repo} has no parquet files in {prefix}")
     wanted = {"dataset": f"{repo} {prefix}", "revision": revision, "files": files, "tokenizer": tokenizer,
-              "vocab_size": VOCAB_SIZE[tokenizer], "shard_tokens": SHARD_TOKENS, "val_tokens": SHARD_TOKENS}
+              "vocab_size": VOCAB_SIZE[tokenizer], "shard_tokens": shard_tokens, "val_tokens": shard_tokens}
     manifest = open_manifest(folder, wanted)
-    total = sum(sizes.values()) // 3  # about three bytes of parquet make a token
+    total = sum(sizes.values()) * 2 // (6 if tokenizer == "gpt2" else 1)  # about so many tokens per byte of parquet
     if last_shard is not None:
-        total = min(total, (last_shard + 1) * SHARD_TOKENS)
+        total = min(total, (last_shard + 1) * shard_tokens)
     on_disk = sum(2 * shard["tokens"] for shard in manifest["shards"])
     if not manifest["complete"]:
         check_disk(folder, 2 * total - on_disk + 2 * max(sizes.values()))
@@ -603,7 +604,7 @@ def tokenize_hub(folder, dataset, last_shard, tokenizer, workers):
     shutil.rmtree(raw, ignore_errors=True)
 
 
-def tokenize_files(folder, paths, tokenizer, workers, last_shard):
+def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
     for path in paths:
         if not path.is_file():
@@ -611,9 +612,9 @@ def tokenize_files(folder, paths, tokenizer, workers, last_shard):
     n_bytes = sum(path.stat().st_size for path in paths)
     wanted = {"dataset": "files", "revision": None,
               "files": [[str(path), path.stat().st_size] for path in paths], "tokenizer": tokenizer,
-              "vocab_size": VOCAB_SIZE[tokenizer], "shard_tokens": SHARD_TOKENS,
+              "vocab_size": VOCAB_SIZE[tokenizer], "shard_tokens": shard_tokens,
               # about a tenth of a small text, so that something is left to train on
-              "val_tokens": min(SHARD_TOKENS, max(1024, n_bytes // 40))}
+              "val_tokens": min(shard_tokens, max(1024, n_bytes // 40))}
     manifest = open_manifest(folder, wanted)
     check_disk(folder, 2 * n_bytes)
 
@@ -836,7 +837,8 @@ def main():
     parser.add_argument("--verify", action="store_true", help="check the folder --out against its manifest")
     parser.add_argument("--shards", type=int, help="stop after so many training shards of 100M tokens (default: all)")
     parser.add_argument("--out", type=Path, help="folder for the shards (default: data/NAME)")
-    parser.add_argument("--tokenizer", default="gpt2", help="for --files: gpt2 or bytes (default: gpt2)")
+    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard (default: 100M)")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or bytes (default: gpt2)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizer processes (default: all cores)")
     args = parse_strictly(parser)
     if args.dataset not in DATASETS:
@@ -845,6 +847,8 @@ def main():
         fail(f"--tokenizer {args.tokenizer}: there are {' and '.join(VOCAB_SIZE)}")
     if args.shards is not None and args.shards < 1:
         fail(f"--shards {args.shards}: at least 1")
+    if not 1024 <= args.shard_tokens < 2**31:  # the header holds an int32
+        fail(f"--shard_tokens {args.shard_tokens}: from 1,024 to 2,147,483,647")
     if args.workers < 0:
         fail(f"--workers {args.workers}: at least 0 (tokenise in this process)")
     if args.sample:
@@ -858,14 +862,12 @@ def main():
             return verify(folder)
         if args.sample:
             write_sample(folder)
-        elif args.files:
-            get_tokenizer(args.tokenizer)  # fails here, with its one line, rather than in every worker
-            tokenize_files(folder, args.files, args.tokenizer, args.workers, args.shards)
         elif args.pretokenized:
             download_shards(folder, args.dataset, args.shards)
         else:
-            get_tokenizer("gpt2")
-            tokenize_hub(folder, args.dataset, args.shards, "gpt2", args.workers)
+            get_tokenizer(args.tokenizer)  # fails here, with its one line, rather than in every worker
+            how = (args.shards, args.shard_tokens, args.tokenizer, args.workers)
+            tokenize_files(folder, args.files, *how) if args.files else tokenize_hub(folder, args.dataset, *how)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on after the last finished shard")
     except OSError as error:

@@ -60,7 +60,7 @@ class Config:
     val_tokens: int = option(10_485_760, "first tokens of the validation shard, as in llm.c and modded-nanogpt")
     hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set, downloaded if it is not there")
     recipe: str = option("paper", "optimizer settings: the paper's, if it has its own, or shared", ("paper", "shared"))
-    run: str = option("", "name of the run, its folder is log/NAME (default: the architecture's name)")
+    run_name: str = option("", "the run's folder is log/NAME (default: the architecture's name)")
     eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
     log_every: int = option(1, "steps between lines on the screen; log.jsonl has them all")
     prompt: str = option("Hello, I'm a language model,", "what samples continue")
@@ -347,7 +347,7 @@ def resumed_config(checkpoint, given):
         fail(f"the checkpoint is of {checkpoint['script']}.py, or of another version of it: use that one")
     for name in names[: names.index("seed") + 1]:
         if given.get(name, old[name]) != old[name]:
-            fail(f"--{name} {given[name]}: the checkpoint has {old[name]}; leave it out, or start another --run")
+            fail(f"--{name} {given[name]}: the checkpoint has {old[name]}; leave it out, or start another run")
     return Config(**{**old, **given})
 
 
@@ -400,16 +400,16 @@ def main():
     recipe = RECIPE if given.get("recipe", "paper") == "paper" else {}
     config = Config(**{**recipe, **(TINY_MODEL | TINY_RUN if todo.tiny else {}), **given})
     script = Path(__file__).stem
-    folder = Path("log") / (config.run or script.removeprefix("train_") + ("-tiny" if todo.tiny else ""))
+    folder = Path("log") / (config.run_name or script.removeprefix("train_") + ("-tiny" if todo.tiny else ""))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun starts a crashed run anew
     wanted = todo.resume or todo.eval or todo.sample is not None
     checkpoint = load_checkpoint(folder) if wanted or restarted else None
     if checkpoint:
         config = resumed_config(checkpoint, given)
     elif wanted:
-        fail(f"{folder} holds no checkpoint: train it first, or name another run with --run")
+        fail(f"{folder} holds no checkpoint: train it first, or name another run by --run_name")
     elif folder.exists() and not restarted:
-        fail(f"{folder} already holds a run: go on with it by --resume, or choose another name by --run")
+        fail(f"{folder} already holds a run: go on with it by --resume, or choose another by --run_name")
     check_config(config, world)
     first_step = checkpoint["step"] if checkpoint else 0
     last_step = first_step if todo.eval else config.max_steps
@@ -506,7 +506,7 @@ def main():
             log("sample", step=step, text=text)
             say(f"step {step:05d} > {text!r}")
         if stopping or step == last_step:
-            say(f"{folder} is at step {step} of {config.max_steps}. Next: python {script}.py --run {folder.name} "
+            say(f"{folder} is at step {step} of {config.max_steps}. Next: python {script}.py --run_name {folder.name} "
                 + ("--resume" if step < config.max_steps else f"--sample {json.dumps(config.prompt)}"))  # fmt: skip
             break
 

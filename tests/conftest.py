@@ -1,0 +1,56 @@
+"""Shared fixtures. Everything runs on the CPU, without a network, on shapes of a few thousand parameters."""
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import fineweb  # noqa: E402
+
+WORDS = "the of and to in a is that for it as was with be by on not he this are or his from at which".split()
+
+
+def text(n_words, seed):
+    """Sentences out of a few words, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (n_words,), generator=generator)]
+    return " ".join(words).replace(" which ", ".\n\nWhich ")
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """The offline dataset, built once."""
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    fineweb.write_sample(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_sample(sample, tmp_path_factory):
+    """The same with a tenth of the four-way items, for runs whose scores don't matter."""
+    folder = shutil.copytree(sample, tmp_path_factory.mktemp("data") / "small")
+    lines = (folder / "cloze.jsonl").read_text().splitlines(keepends=True)
+    (folder / "cloze.jsonl").write_text("".join(lines[:40]))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(script, *options) calls a training script's main() in a temporary folder; returns (status, what it printed)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *options):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, options)])
+        try:
+            script.main()
+            status = 0
+        except SystemExit as error:
+            print(error.code)
+            status = 1
+        return status, capsys.readouterr().out
+
+    return run

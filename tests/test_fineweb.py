@@ -1,0 +1,393 @@
+"""The shard writer and the loader."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, text
+
+import fineweb
+
+
+def write(folder, *options):
+    """Runs fineweb.py with these options in folder: (exit status, what it printed)."""
+    command = [sys.executable, ROOT / "fineweb.py", *map(str, options)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return result.returncode, result.stdout + result.stderr
+
+
+def documents(n, seed=0):
+    return [text(20 + 37 * i % 300, seed + i) for i in range(n)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def tokens_of(folder):
+    """All tokens of a folder's shards, in order."""
+    paths = sorted(folder.glob("*.bin"), key=lambda path: path.name[-10:])
+    return np.concatenate([np.fromfile(path, dtype=np.uint16, offset=fineweb.HEADER_BYTES) for path in paths])
+
+
+def straight(texts, name="bytes"):
+    """The tokens of documents, without any of the writer's machinery."""
+    encoding = fineweb.get_tokenizer(name)
+    return np.array([token for text in texts for token in [encoding.eot_token] + encoding.encode_ordinary(text)])
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def in_process(folder, paths, shard_tokens=5000, last=None, workers=0):
+    fineweb.tokenize_files(folder, paths, last, shard_tokens, "bytes", workers)
+
+
+# ---- writer
+
+
+def test_bytes_tokenizer_knows_every_byte_and_end_of_text():
+    encoding = fineweb.get_tokenizer("bytes")
+    every = bytes(range(256)).decode("latin-1")
+    assert encoding.n_vocab == 257 and encoding.eot_token == 256
+    assert encoding.encode_ordinary(every) == list(every.encode())
+    assert encoding.encode_ordinary("<|endoftext|>") == list(b"<|endoftext|>")
+    assert encoding.decode(encoding.encode_ordinary(every)) == every
+
+
+def test_gpt2_tokenizer_from_local_files_or_cache(tmp_path, monkeypatch):
+    try:
+        encoding = fineweb.get_tokenizer("gpt2")
+    except SystemExit:
+        pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
+    assert encoding.encode_ordinary("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    tokens, counts = fineweb.tokenize(["Hello world", ""], True, encoding)
+    assert tokens.tolist() == [50256, 15496, 995, 50256] and counts.tolist() == [3, 1] and tokens.dtype == np.uint16
+
+
+def test_shards_hold_the_documents_in_order(tmp_path):
+    texts = documents(40)
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    in_process(tmp_path / "out", [path])
+    expected = straight(texts)
+    assert np.array_equal(tokens_of(tmp_path / "out"), expected)
+    manifest = fineweb.read_manifest(tmp_path / "out")
+    assert manifest["complete"] and manifest["tokenizer"] == "bytes" and manifest["vocab_size"] == 257
+    counts = [shard["tokens"] for shard in manifest["shards"]]
+    assert sum(counts) == len(expected) and set(counts[1:-1]) == {5000}
+    header = np.fromfile(tmp_path / "out/fineweb_val_000000.bin", dtype=np.int32, count=256)
+    assert header[:3].tolist() == [20240520, 1, counts[0]] and not header[3:].any()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_result_does_not_depend_on_the_number_of_workers(tmp_path, workers):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(700))
+    in_process(tmp_path / "inline", [path], 50_000)
+    status, said = write(tmp_path, "--files", path, "--tokenizer", "bytes", "--shard_tokens", 50_000, "--out", "out",
+                         "--workers", workers)
+    assert status == 0, said
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "inline")
+
+
+def test_stopped_after_any_shard_it_goes_on_to_the_same_bytes(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = documents(30)
+    parquet = tmp_path / "b.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": list(range(30))}), parquet, row_group_size=7)
+    story = tmp_path / "c.txt"
+    story.write_text("\n".join(text(200, i) for i in range(20)))
+    paths = [write_jsonl(tmp_path / "a.jsonl", documents(30, 100)), parquet, story]
+    in_process(tmp_path / "whole", paths)
+    whole = bytes_of(tmp_path / "whole")
+    n_shards = len(whole) - 1
+    assert n_shards > 6
+    for stop in range(n_shards):
+        in_process(tmp_path / "out", paths, last=stop)
+        assert len(list((tmp_path / "out").glob("*.bin"))) == stop + 1
+        in_process(tmp_path / "out", paths)
+        assert bytes_of(tmp_path / "out") == whole
+        shutil.rmtree(tmp_path / "out")
+    assert np.array_equal(tokens_of(tmp_path / "whole"), straight(documents(30, 100) + texts + [story.read_text()]))
+
+
+def test_killed_and_run_again_gives_the_same_bytes_and_redoes_no_finished_shard(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(3000))
+    options = ["--files", path, "--tokenizer", "bytes", "--shard_tokens", "20000", "--workers", "2", "--out"]
+    assert write(tmp_path, *options, "whole")[0] == 0
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, ROOT / "fineweb.py", *options, out], cwd=tmp_path, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.glob("*.bin"))) < 5 and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    listed = [shard["name"] for shard in fineweb.read_manifest(out)["shards"]]
+    assert 5 <= len(listed) + 1 and not fineweb.read_manifest(out)["complete"]
+    before = {name: (out / name).stat().st_mtime_ns for name in listed}
+    assert write(tmp_path, *options, out)[0] == 0
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    assert {name: (out / name).stat().st_mtime_ns for name in listed} == before
+
+
+def test_verify_names_the_bad_shards_and_the_writer_rebuilds_them(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    out = tmp_path / "out"
+    in_process(out, [path])
+    whole = bytes_of(out)
+    fineweb.verify(out)
+    with open(out / "fineweb_train_000002.bin", "r+b") as f:
+        f.seek(3000)
+        f.write(b"\x01\x02")
+    (out / "fineweb_val_000000.bin").unlink()
+    with pytest.raises(SystemExit, match="2 of .* shards are bad: remove .*val_000000.bin .*train_000002.bin"):
+        fineweb.verify(out)
+    (out / "fineweb_train_000002.bin").unlink()
+    in_process(out, [path])
+    assert bytes_of(out) == whole
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "a.jsonl, line 2 is not"),
+    ("a.jsonl", b'{"text": "one"}\nnonsense\n', "a.jsonl, line 2 is not"),
+    ("a.jsonl", b'{"text": null}\n', "a.jsonl, line 1 is not"),
+    ("a.txt", b"abc \xff\xfe def", "a.txt is not UTF-8"),
+    ("a.parquet", b"PAR1 no, it is not", "a.parquet is not a parquet file"),
+    ("a.csv", b"text\nhello\n", "must be a .jsonl, .txt or .parquet"),
+])  # fmt: skip
+def test_unreadable_text_is_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        in_process(tmp_path / "out", [tmp_path / name])
+
+
+def test_parquet_without_text_is_one_line(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(SystemExit, match="no column 'text' .it has content, id."):
+        in_process(tmp_path / "out", [tmp_path / "a.parquet"])
+
+
+def test_other_text_into_the_same_folder_is_refused(tmp_path):
+    in_process(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", documents(20))])
+    whole = bytes_of(tmp_path / "out")
+    with pytest.raises(SystemExit, match="holds shards with files = .* choose another --out"):
+        in_process(tmp_path / "out", [write_jsonl(tmp_path / "b.jsonl", documents(20))])
+    with pytest.raises(SystemExit, match="holds shards with shard_tokens = 5000"):
+        in_process(tmp_path / "out", [tmp_path / "a.jsonl"], shard_tokens=6000)
+    assert bytes_of(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--shard", "1"], "unknown option --shard: did you mean --shards?"),
+    (["--dataset", "c4"], "--dataset c4: there are fineweb and fineweb-edu"),
+    (["--shards", "many"], "argument --shards: invalid int value: 'many'"),
+    (["--shards", "0"], "--shards 0: at least 1"),
+    (["--files", "nowhere.txt"], "nowhere.txt is not a file"),
+    (["--files", "x.txt", "--tokenizer", "gpt4"], "--tokenizer gpt4: there are gpt2 and bytes"),
+    (["--verify", "--out", "nowhere"], "nowhere has no manifest.json"),
+])  # fmt: skip
+def test_bad_options_are_one_line(tmp_path, options, message):
+    status, said = write(tmp_path, *options, *([] if "--tokenizer" in options else ["--tokenizer", "bytes"]))
+    assert status == 1 and message in said and said.count("\n") == 1, said
+
+
+def test_missing_vocabulary_is_one_line(tmp_path):
+    command = [sys.executable, ROOT / "fineweb.py", "--files", __file__]
+    shutil.copy(__file__, tmp_path / "a.txt")
+    command[-1] = "a.txt"
+    nowhere = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9"}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=nowhere)
+    assert result.returncode == 1 and "put vocab.bpe and encoder.json into data/gpt2/" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_too_little_disk_is_said_first(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(SystemExit, match="make room, choose another --out, or start small with --shards N"):
+        in_process(tmp_path / "out", [path])
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_dataset(sample):
+    manifest = fineweb.read_manifest(sample)
+    tokens = tokens_of(sample)
+    assert 3_000_000 < len(tokens) < 20_000_000 and manifest["tokenizer"] == "bytes" and manifest["complete"]
+    assert tokens.max() == 256 and (tokens == 256).mean() < 0.01
+    letters = np.isin(tokens, np.frombuffer(b"etaoinshr ", dtype=np.uint8))
+    assert letters.mean() > 0.6  # it is English
+    items = [json.loads(line) for line in (sample / "cloze.jsonl").read_text().splitlines()]
+    assert len(items) == 400
+    val = np.fromfile(sample / "fineweb_val_000000.bin", dtype=np.uint16, offset=fineweb.HEADER_BYTES)
+    held_out = " ".join(val.clip(0, 255).astype(np.uint8).tobytes().decode("latin-1").split())
+    for item in items:
+        assert len(set(item["endings"])) == 4
+        assert item["ctx"] + " " + item["endings"][item["label"]] in held_out
+        assert len({" ".join(sorted(ending.split())) for ending in item["endings"]}) == 1
+    labels = np.bincount([item["label"] for item in items])
+    assert labels.min() > 60  # the answer stands anywhere
+
+
+# ---- loader
+
+
+def small_dataset(tmp_path, capsys=None):
+    in_process(tmp_path / "data", [write_jsonl(tmp_path / "a.jsonl", documents(120))])
+    if capsys:
+        capsys.readouterr()  # what the writer says is not asked about
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 64, 1000, 4097, 65_536, 99_999])
+def test_permutation_is_one(n):
+    image = fineweb.permute(np.arange(n), n, seed=3, epoch=1)
+    assert np.array_equal(np.sort(image), np.arange(n))
+
+
+def test_permutation_is_stateless_and_spread(n=9_765_600):
+    ids = np.arange(0, n, 997)
+    image = fineweb.permute(ids, n, 1337, 0)
+    assert np.array_equal(image[100:200], fineweb.permute(ids[100:200], n, 1337, 0))
+    assert len(np.unique(image)) == len(ids) and image.min() >= 0 and image.max() < n
+    assert abs(image.mean() / n - 0.5) < 0.02 and abs(np.corrcoef(ids, image)[0, 1]) < 0.05
+    for other in ((1337, 1), (1338, 0)):
+        assert (image == fineweb.permute(ids, n, *other)).mean() < 0.01
+    in_a_row = np.diff(fineweb.permute(np.arange(5000), n, 1337, 0))
+    assert (np.abs(in_a_row) < n / 1000).mean() < 0.01  # neighbours part
+    # the order is part of every published figure: it must never change
+    assert fineweb.permute(np.arange(4), n, 1337, 0).tolist() == PUBLISHED_ORDER
+
+
+PUBLISHED_ORDER = [6015125, 5884274, 9203364, 7973249]
+
+
+def test_one_epoch_of_the_real_run_fits_100_shards():
+    windows = 100 * ((100_000_000 - 1) // 1024)
+    assert 19_073 * 512 == 9_765_376 <= windows == 9_765_600
+
+
+def test_batches_are_the_same_for_any_number_of_ranks(tmp_path):
+    windows = fineweb.Windows(small_dataset(tmp_path), "train", 32)
+    for step in (0, 1, 7, 100):  # 100 is some epochs on
+        whole = fineweb.Loader(windows, 16, seed=5).batch(step)
+        assert whole.shape == (16, 33)
+        for world in (2, 4, 8):
+            parts = [fineweb.Loader(windows, 16, 5, rank, world).batch(step) for rank in range(world)]
+            assert all(len(part) == 16 // world for part in parts)
+            assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_every_window_once_per_epoch_and_each_epoch_in_another_order(tmp_path):
+    windows = fineweb.Windows(small_dataset(tmp_path), "train", 32)
+    loader, n = fineweb.Loader(windows, 16, seed=5), len(windows)
+    steps = -(-3 * n // 16)
+    assert n % 16  # so that an epoch ends within a batch
+    ids = np.concatenate([loader.ids(step) for step in range(steps)])
+    epochs = [ids[k * n : (k + 1) * n] for k in range(3)]
+    for epoch in epochs:
+        assert np.array_equal(np.sort(epoch), np.arange(n))
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    assert not np.array_equal(np.sort(epochs[0][:16]), np.arange(16))
+
+
+def test_windows_are_the_text_and_never_cross_a_shard(tmp_path):
+    folder = small_dataset(tmp_path)
+    windows = fineweb.Windows(folder, "train", 32)
+    rows = iter(windows.rows(np.arange(len(windows))))
+    for path in sorted(folder.glob("*_train_*.bin")):
+        tokens = np.fromfile(path, dtype=np.uint16, offset=fineweb.HEADER_BYTES).astype(np.int64)
+        for k in range((len(tokens) - 1) // 32):
+            assert np.array_equal(next(rows), tokens[32 * k : 32 * k + 33])
+    assert next(rows, None) is None
+
+
+def test_more_shards_than_asked_for_change_nothing(tmp_path):
+    folder = small_dataset(tmp_path)
+    three = fineweb.Windows(folder, "train", 32, max_shards=3)
+    for path in sorted(folder.glob("*_train_*.bin"))[3:]:
+        path.unlink()
+    assert len(three) == len(fineweb.Windows(folder, "train", 32, max_shards=100))
+
+
+def test_validation_is_the_beginning_of_its_shard(tmp_path, capsys):
+    folder = small_dataset(tmp_path, capsys)
+    windows = fineweb.Windows(folder, "val", 32, max_tokens=320)
+    tokens = np.fromfile(folder / "fineweb_val_000000.bin", dtype=np.uint16, offset=fineweb.HEADER_BYTES)
+    assert len(windows) == 10 and np.array_equal(windows.rows(range(10))[:, :-1].ravel(), tokens[:320])
+    assert capsys.readouterr().out == ""
+    fineweb.Windows(folder, "val", 32, max_tokens=10**6)
+    assert "of 1,000,000 val tokens are there" in capsys.readouterr().out
+
+
+def test_wrapping_round_is_said(tmp_path, capsys):
+    windows = fineweb.Windows(small_dataset(tmp_path, capsys), "train", 32)
+    fineweb.Loader(windows, 16, 0, max_steps=len(windows) // 16)
+    assert capsys.readouterr().out == ""
+    fineweb.Loader(windows, 16, 0, max_steps=len(windows) // 16 + 1)
+    assert f"the data last for {len(windows) // 16} steps" in capsys.readouterr().out
+
+
+def test_bad_datasets_are_one_line_with_the_way_out(tmp_path):
+    with pytest.raises(SystemExit, match="no token shards in .*nowhere: run `python fineweb.py`"):
+        fineweb.open_dataset(tmp_path / "nowhere")
+    folder = small_dataset(tmp_path)
+    data = fineweb.open_dataset(folder)
+    assert data["tokenizer"] == "bytes" and data["vocab_size"] == 257
+    with pytest.raises(SystemExit, match="a vocabulary of 257, the model one of 256: .* --vocab_size 384"):
+        fineweb.open_dataset(folder, 256)
+    with pytest.raises(SystemExit, match="holds bytes tokens, the model was trained on gpt2 tokens"):
+        fineweb.open_dataset(folder, before={"tokenizer": "gpt2", "fingerprint": ""})
+    shard = folder / "fineweb_train_000002.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(SystemExit, match="000002.bin is truncated"):
+        fineweb.open_dataset(folder)
+    shard.write_bytes(b"something else entirely" * 100)
+    with pytest.raises(SystemExit, match="000002.bin is not a token shard"):
+        fineweb.open_dataset(folder)
+    shard.unlink()
+    with pytest.raises(SystemExit, match="000002.bin has no tokens, by manifest.json 5000"):
+        fineweb.open_dataset(folder)
+    shard.write_bytes(content)
+    shutil.copy(shard, folder / "fineweb_train_000077.bin")
+    with pytest.raises(SystemExit, match="000077.bin has 5000 tokens, by manifest.json none"):
+        fineweb.open_dataset(folder)
+    (folder / "fineweb_train_000077.bin").unlink()
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(SystemExit, match="is not a manifest"):
+        fineweb.open_dataset(folder)
+    with pytest.raises(SystemExit, match="has no val shard that holds 1000001 tokens"):
+        fineweb.Windows(folder, "val", 1_000_000)
+
+
+def test_other_data_than_before_is_said(tmp_path, capsys):
+    folder = small_dataset(tmp_path, capsys)
+    data = fineweb.open_dataset(folder)
+    assert fineweb.open_dataset(folder, before=data) == data and capsys.readouterr().out == ""
+    fineweb.open_dataset(folder, before={**data, "fingerprint": "other"})
+    assert "is not the data that the run began with" in capsys.readouterr().out
+
+
+def test_shards_without_a_manifest_are_taken_for_gpt2(tmp_path, capsys):
+    folder = small_dataset(tmp_path, capsys)
+    (folder / "manifest.json").unlink()
+    assert fineweb.open_dataset(folder)["tokenizer"] == "gpt2"
+    assert "taking its shards for GPT-2 tokens" in capsys.readouterr().out
+
+
+def test_token_beyond_the_vocabulary_stops_the_run(tmp_path):
+    folder = small_dataset(tmp_path)
+    loader = fineweb.Loader(fineweb.Windows(folder, "train", 32), 16, 0, vocab_size=120)
+    with pytest.raises(SystemExit, match="token .* is beyond the vocabulary of 120"):
+        loader.batch(0)

@@ -1,0 +1,355 @@
+"""Whole runs of train_gpt2.py: what a user types and what comes of it."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import fineweb
+import train_gpt2
+
+SMALL = ["--tiny", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_tokens=512", "--val_tokens=1024",
+         "--sample_tokens=4", "--log_every=1", "--warmup_steps=2"]  # fmt: skip
+
+
+def events(folder, kind):
+    return [event for event in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if event["event"] == kind]
+
+
+def losses(folder):
+    return [event["loss"] for event in events(folder, "train")]
+
+
+def weights(folder, step):
+    return torch.load(folder / f"step_{step:06d}.pt", weights_only=True)["model"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture
+def small(run, small_sample):
+    """small(*options): a run of train_gpt2.py of a second or two on the offline dataset."""
+    return lambda *options: run(train_gpt2, *SMALL, f"--data_dir={small_sample}", *options)
+
+
+def command(data, *options, launcher=()):
+    launcher = launcher or (sys.executable,)
+    return [*launcher, str(ROOT / "train_gpt2.py"), *SMALL, f"--data_dir={data}", *options]
+
+
+def torchrun(processes):
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+
+
+def finish(arguments, folder, **environment):
+    result = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+# ---- a run and what it leaves
+
+
+def test_a_run_evaluates_saves_samples_and_logs(small, tmp_path):
+    status, said = small("--max_steps=5", "--eval_every=2", "--run_name=a")
+    assert status == 0, said
+    folder = tmp_path / "log/a"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"log.jsonl", "train_gpt2.py", "step_000004.pt", "step_000005.pt", "cloze_nanogpt.json"}
+    assert (folder / "train_gpt2.py").read_text() == (ROOT / "train_gpt2.py").read_text()
+    assert [event["step"] for event in events(folder, "train")] == [0, 1, 2, 3, 4]
+    assert [event["step"] for event in events(folder, "val")] == [0, 2, 4, 5]
+    assert [event["step"] for event in events(folder, "score")] == [0, 2, 4, 5]
+    assert len(events(folder, "sample")) == 8
+    (facts,) = events(folder, "run")
+    for name in ("git", "torch", "device", "dtype", "parameters", "flops_per_token", "data", "config"):
+        assert facts[name], name
+    assert facts["config"]["n_embd"] == 16 and facts["data"]["tokenizer"] == "bytes"
+    assert re.search(r"step 00003/5 \| loss \d\.\d{4} \| lr \d\.\de-\d\d \| norm \d+\.\d\d \| \d+ ms \| [\d,]+ tok/s \| eta", said)
+    assert "MFU" not in said and "--sample" in said.splitlines()[-1]
+    checkpoint = torch.load(folder / "step_000005.pt", weights_only=True)
+    assert checkpoint["step"] == 5 and not any(name.startswith(("_orig_mod", "module")) for name in checkpoint["model"])
+    score = json.loads((folder / "cloze_nanogpt.json").read_text())
+    assert score["step"] == 5 and len(score["predictions"]) == 40
+
+
+def test_a_run_is_never_overwritten(small, tmp_path):
+    assert small("--max_steps=1", "--run_name=a")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "log/a").iterdir()}
+    status, said = small("--max_steps=1", "--run_name=a")
+    assert status == 1 and said == "log/a already holds a run: go on with it by --resume, or choose another by --run_name\n"
+    status, said = small("--max_steps=1", "--run_name=a", "--resume")
+    assert status == 1 and "is finished at step 1" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "log/a").iterdir()} == before
+
+
+def test_eval_and_sample(small, tmp_path):
+    assert small("--max_steps=4", "--run_name=a")[0] == 0
+    trained = events(tmp_path / "log/a", "val")[-1]["loss"]
+    status, said = small("--run_name=a", "--eval")
+    assert status == 0 and f"step 00004 | validation loss {trained:.4f}" in said and "cloze (nanogpt): acc" in said
+    assert losses(tmp_path / "log/a") and len(list((tmp_path / "log/a").glob("*.pt"))) == 1
+    status, said = small("--run_name=a", "--sample", "The number of")
+    assert status == 0 and said.count("The number of") == 4
+    assert small("--run_name=a", "--sample", "The number of")[1] == said  # the seed is the run's
+    status, said = small("--run_name=b", "--sample", "x")
+    assert status == 1 and said == "log/b holds no checkpoint: train it first, or name another run by --run_name\n"
+
+
+def test_padded_ids_are_never_sampled():
+    class Padding:
+        def decode(self, idx, state):
+            logits = torch.zeros(len(idx), 384)
+            logits[:, 257:] = 100.0  # the padding is by far the likeliest
+            return logits, state
+
+    tokenizer = fineweb.get_tokenizer("bytes")
+    off = torch.autocast("cpu", enabled=False)
+    (text,) = train_gpt2.generate(Padding(), tokenizer, "a", 1, 300, 0, torch.device("cpu"), off)
+    assert text.startswith("a") and len(text) > 200
+
+
+# ---- resume
+
+
+def test_resume_after_a_kill_is_bit_exact(small, small_sample, tmp_path):
+    options = ["--max_steps=12", "--eval_every=4"]
+    assert small(*options, "--run_name=straight")[0] == 0
+    straight, killed = tmp_path / "log/straight", tmp_path / "log/killed"
+    process = subprocess.Popen(command(small_sample, *options, "--run_name=killed"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not (killed / "step_000004.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    with open(killed / "log.jsonl", "a") as f:
+        f.write('{"event": "train", "step": 11, "loss"')  # what a kill in the middle of a write leaves
+    status, said = small("--run_name=killed", "--resume")
+    assert status == 0, said
+    assert losses(killed) == losses(straight)
+    assert [e["loss"] for e in events(killed, "val")] == [e["loss"] for e in events(straight, "val")]
+    assert [e["text"] for e in events(killed, "sample")] == [e["text"] for e in events(straight, "sample")]
+    assert_same(weights(killed, 12), weights(straight, 12))
+    assert_same(*[{f"{i} {name}": tensor for i, state in torch.load(folder / "step_000012.pt", weights_only=True)["optimizer"].items()
+                   for name, tensor in state.items()} for folder in (killed, straight)])  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_ends(small, small_sample, tmp_path, number):
+    process = subprocess.Popen(command(small_sample, "--max_steps=100000", "--eval_every=100000", "--run_name=a"), cwd=tmp_path,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 00003/"):
+            break
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait() == 0
+    (checkpoint,) = (tmp_path / "log/a").glob("step_*.pt")
+    step = int(checkpoint.stem[5:])
+    assert step == len(losses(tmp_path / "log/a")) >= 4 and f"saved {checkpoint.relative_to(tmp_path)}" in rest
+    assert rest.splitlines()[-1].endswith("python train_gpt2.py --run_name a --resume")
+    assert small("--run_name=a", "--resume", f"--max_steps={step + 2}", "--eval_every=100")[0] == 0
+    assert len(losses(tmp_path / "log/a")) == step + 2
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1000], lambda content: b"", lambda content: bytes(1000)])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_used(small, tmp_path, damage):
+    assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
+    straight = losses(tmp_path / "log/a")
+    newest = tmp_path / "log/a/step_000004.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    status, said = small("--run_name=a", "--resume")
+    assert status == 0 and said.startswith("log/a/step_000004.pt is damaged"), said
+    assert losses(tmp_path / "log/a") == straight and events(tmp_path / "log/a", "run")[-1]["first_step"] == 2
+
+
+def test_options_on_resume(small, tmp_path):
+    assert small("--max_steps=2", "--run_name=a")[0] == 0
+    for option, message in (("--n_layer=2", "--n_layer 2: the checkpoint has 1"), ("--seed=1", "--seed 1: the checkpoint has 1337"),
+                            ("--batch_tokens=1024", "--batch_tokens 1024: the checkpoint has 512")):  # fmt: skip
+        status, said = small("--run_name=a", "--resume", "--max_steps=4", option)
+        assert status == 1 and said.startswith(message) and said.count("\n") == 1
+    status, said = small("--run_name=a", "--resume", "--max_steps=4", "--weight_decay=0.5", "--micro_batch=4")
+    assert status == 0
+    checkpoint = torch.load(tmp_path / "log/a/step_000004.pt", weights_only=True)
+    assert checkpoint["config"]["weight_decay"] == 0.5 and checkpoint["config"]["max_steps"] == 4
+
+
+def test_torchruns_own_restart_goes_on_by_itself(small, tmp_path, monkeypatch):
+    assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
+    straight = losses(tmp_path / "log/a")
+    (tmp_path / "log/a/step_000004.pt").unlink()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
+    assert losses(tmp_path / "log/a") == straight and events(tmp_path / "log/a", "run")[-1]["first_step"] == 2
+    shutil.rmtree(tmp_path / "log/a")
+    (tmp_path / "log/a").mkdir()  # crashed before the first checkpoint: from the start
+    assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
+    assert losses(tmp_path / "log/a") == straight
+
+
+# ---- the same run, cut in other ways
+
+
+def test_micro_batches_and_processes_change_nothing_but_rounding(small, small_sample, tmp_path):
+    options = ["--max_steps=6", "--eval_every=3"]
+    assert small(*options, "--run_name=one", "--micro_batch=16")[0] == 0
+    assert small(*options, "--run_name=four", "--micro_batch=4")[0] == 0
+    finish(command(small_sample, *options, "--run_name=two", "--micro_batch=4", launcher=torchrun(2)), tmp_path, OMP_NUM_THREADS="1")
+    one = tmp_path / "log/one"
+    for other in (tmp_path / "log/four", tmp_path / "log/two"):
+        assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+        assert [e["loss"] for e in events(other, "val")] == pytest.approx([e["loss"] for e in events(one, "val")], rel=1e-5)
+        assert [e["norm"] for e in events(other, "train")] == pytest.approx([e["norm"] for e in events(one, "train")], rel=1e-3)
+        for name, tensor in weights(one, 6).items():
+            torch.testing.assert_close(weights(other, 6)[name], tensor, rtol=0, atol=2e-4)
+    scores = [json.loads((tmp_path / f"log/{run}/cloze_nanogpt.json").read_text()) for run in ("one", "two")]
+    different = sum(a != b for a, b in zip(scores[0]["predictions"], scores[1]["predictions"]))
+    assert different <= 2  # the weights differ by rounding; the scoring itself is compared in test_hellaswag.py
+    status, said = small("--run_name=two", "--resume", "--max_steps=8", "--eval_every=3")  # on one process now
+    assert status == 0 and len(losses(tmp_path / "log/two")) == 8
+
+
+def test_gradients_are_the_mean_over_the_batch(small, tmp_path):
+    """If the division by the number of micro-steps were wrong, the clipped norm would tell."""
+    assert small("--max_steps=1", "--run_name=one", "--micro_batch=16")[0] == 0
+    assert small("--max_steps=1", "--run_name=sixteen", "--micro_batch=1")[0] == 0
+    norms = [events(tmp_path / "log" / run, "train")[0]["norm"] for run in ("one", "sixteen")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_half_precision_with_a_loss_scaler(small, tmp_path):
+    status, said = small("--max_steps=30", "--dtype=float16", "--run_name=half", "--max_lr=0.01")
+    assert status == 0 and "dtype: float16" in said.replace("torch.", ""), said
+    assert small("--max_steps=30", "--dtype=float32", "--run_name=full", "--max_lr=0.01")[0] == 0
+    half, full = losses(tmp_path / "log/half"), losses(tmp_path / "log/full")
+    assert full[-1] < full[0] - 1 and half == pytest.approx(full, rel=0.03)
+    checkpoint = torch.load(tmp_path / "log/half/step_000030.pt", weights_only=True)
+    assert checkpoint["scaler"]["scale"] > 1
+
+
+def test_scaler_skips_an_infinite_gradient(small, tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled))
+    assert small("--max_steps=40", "--dtype=float16", "--run_name=half", "--eval_every=100")[0] == 0
+    norms = [event["norm"] for event in events(tmp_path / "log/half", "train")]
+    assert None in norms[:10] and None not in norms[-3:]  # null in the log: a skipped step
+
+
+def test_compiled_run_equals_the_plain_one(small, tmp_path):
+    assert small("--max_steps=3", "--run_name=plain", "--compile=off")[0] == 0
+    status, said = small("--max_steps=3", "--run_name=compiled", "--compile=on")
+    assert status == 0, said
+    assert losses(tmp_path / "log/compiled") == pytest.approx(losses(tmp_path / "log/plain"), rel=1e-5)
+    assert weights(tmp_path / "log/compiled", 3).keys() == weights(tmp_path / "log/plain", 3).keys()
+
+
+# ---- things that go wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
+    assert small("--max_steps=2", "--eval_every=2", "--run_name=a")[0] == 0
+    path = tmp_path / "log/a/step_000002.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["wte.weight"][97] = float("nan")
+    torch.save(checkpoint, path)
+    status, said = small("--run_name=a", "--resume", "--max_steps=9", "--eval_every=9")
+    assert status == 1
+    assert said.splitlines()[-1] == "stopped at step 2: loss nan, gradient norm nan; last good checkpoint: log/a/step_000002.pt"
+    assert len(losses(tmp_path / "log/a")) == 2
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--n_lyer=3"], "unknown option --n_lyer=3: did you mean --n_layer? (--help lists them all)"),
+    (["--max_step", "3"], "unknown option --max_step: did you mean --max_steps? (--help lists them all)"),
+    (["--max_steps=ten"], "argument --max_steps: invalid int value: 'ten'"),
+    (["--max_lr=-1"], "--max_lr -1.0: must be more than 0"),
+    (["--max_lr=nan"], "--max_lr nan: must be more than 0"),
+    (["--device=tpu"], "argument --device: invalid choice: 'tpu'"),
+    (["--n_head=3"], "--n_embd 16 is not a multiple of --n_head 3"),
+    (["--batch_tokens=500"], "--batch_tokens 500 can't be split into 1 process(es) x micro-batches of 1 row(s) x --block_size 32"),
+    (["--micro_batch=5"], "--batch_tokens 512 can't be split into 1 process(es) x micro-batches of 5 row(s) x --block_size 32"),
+    (["--data_dir=nowhere"], "no token shards in nowhere: run `python fineweb.py`"),
+    (["--vocab_size=100"], "has a vocabulary of 257, the model one of 100"),
+    (["--block_size=512000", "--batch_tokens=512000"], "has no val shard that holds 512001 tokens"),
+    (["--resume"], "log/gpt2-tiny holds no checkpoint: train it first, or name another run by --run_name"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_leaves_nothing(small, tmp_path, options, message):
+    status, said = small(*options)
+    assert status == 1 and said.startswith(message) or message in said and said.count("\n") == 1, said
+    assert said.count("\n") == 1 and "Traceback" not in said
+    assert not (tmp_path / "log").exists()
+
+
+def test_no_cuda_no_traceback(small):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    status, said = small("--device=cuda")
+    assert status == 1 and said.startswith("--device cuda: torch") and said.count("\n") == 1
+
+
+def test_help_names_every_option_with_its_default(run):
+    status, said = run(train_gpt2, "--help")
+    assert "524288" in said and "--resume" in said
+    for name, field in train_gpt2.Config.__dataclass_fields__.items():
+        assert f"--{name}" in said and f"[{field.default}]" in " ".join(said.split())
+
+
+def test_a_shard_damaged_during_the_run_is_said(small, small_sample, tmp_path):
+    shutil.copytree(small_sample, tmp_path / "data")
+    with open(tmp_path / "data/fineweb_train_000001.bin", "r+b") as f:
+        f.seek(1024)
+        f.write(b"\xff\xff" * 5_000_000)
+    status, said = small(f"--data_dir={tmp_path / 'data'}", "--run_name=a")
+    assert status == 1 and "token 65535 in the training shards is beyond the vocabulary of 257" in said.splitlines()[-1]
+
+
+def test_another_tokenizers_checkpoint_is_refused(small, small_sample, tmp_path):
+    assert small("--max_steps=1", "--run_name=a")[0] == 0
+    shutil.copytree(small_sample, tmp_path / "data")
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    (tmp_path / "data/manifest.json").write_text(json.dumps({**manifest, "tokenizer": "gpt2"}))
+    status, said = small("--run_name=a", "--eval", f"--data_dir={tmp_path / 'data'}")
+    assert status == 1 and "holds gpt2 tokens, the model was trained on bytes tokens" in said
+
+
+def test_out_of_memory_halves_the_micro_batch(monkeypatch):
+    class Fits:
+        """A model that runs out of memory above a number of rows."""
+
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __call__(self, idx, targets):
+            if len(idx) > self.rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return None, torch.zeros((), requires_grad=True)
+
+    class Device:
+        type = "meta"
+
+    config, off = train_gpt2.Config(block_size=1024), torch.autocast("cpu", enabled=False)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
+    for rows, fits, expected in ((512, 10**6, 64), (512, 63, 32), (512, 1, 1), (96, 50, 48), (12, 5, 4)):
+        assert train_gpt2.find_micro_batch(config, Fits(fits), rows, Device, off) == expected
+    with pytest.raises(SystemExit, match="not even one row of 1024 tokens fits"):
+        train_gpt2.find_micro_batch(config, Fits(0), 512, Device, off)
+
+
+def test_learning_rate():
+    config = train_gpt2.Config()
+    assert train_gpt2.get_lr(config, 0) == pytest.approx(6e-4 / 715)
+    assert train_gpt2.get_lr(config, 714) == train_gpt2.get_lr(config, 715) == pytest.approx(6e-4)
+    assert train_gpt2.get_lr(config, (715 + 19_073) // 2) == pytest.approx(3.3e-4, rel=1e-3)
+    assert train_gpt2.get_lr(config, 19_073) == pytest.approx(6e-5)
