@@ -31,6 +31,7 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -870,6 +871,8 @@ def main():
             tokenize_files(folder, args.files, *how) if args.files else tokenize_hub(folder, args.dataset, *how)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on after the last finished shard")
+    except BrokenProcessPool:
+        fail("a tokenizer process was killed, probably for its memory: run the same command again with fewer --workers")
     except OSError as error:
         fail(f"{error.filename or folder}: {error.strerror or error}")
     manifest = read_manifest(folder)

@@ -437,8 +437,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
-        settings = optimizer.state_dict()["param_groups"]  # from the options, which may have changed
-        optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": settings})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})  # settings as of now
         scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
     compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
