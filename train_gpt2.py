@@ -438,7 +438,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})  # settings as of now
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was off
         torch.set_rng_state(checkpoint["rng"])
     compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
     compiled = torch.compile(model, dynamic=False) if compiles else model

@@ -1,0 +1,175 @@
+"""The comparison of runs, on logs whose answers are known."""
+import importlib
+import json
+import math
+import sys
+
+import pytest
+
+from tools import compare
+
+SCRIPT = importlib.import_module("train_gpt2")
+
+
+def write_run(folder, losses=(5.0, 4.0, 3.0), right=50, n=400, script="train_gpt2", load=None, steps=None, right_items=None, **fields):
+    """A run's folder: validated at steps 0, 10, 20 …; of its n items the first `right` were answered right."""
+    folder.mkdir(parents=True)
+    config = {**vars(SCRIPT.Config(max_steps=10 * (len(losses) - 1))), **fields}
+    events = [{"event": "run", "script": script, "processes": 1, "parameters": 1000, "flops_per_token": 2000.0,
+               "data": {"dataset": "d", "tokenizer": "bytes", "vocab_size": 257, "fingerprint": fields.pop("fingerprint", "f")},
+               "config": config}]  # fmt: skip
+    config.pop("fingerprint", None)
+    labels = "0" * n
+    right_items = range(right) if right_items is None else right_items
+    predictions = "".join("0" if i in right_items else "1" for i in range(n))
+    result = {"task": "cloze", "convention": "nanogpt", "n": n, "acc": 0.5, "acc_norm": predictions.count("0") / n,
+              "predictions": predictions, "predictions_norm": predictions}  # fmt: skip
+    for at, loss in enumerate(losses):
+        events.append({"event": "val", "step": 10 * at, "loss": loss})
+        events.append({"event": "score", "step": 10 * at, **result})
+    for step in range(10 * (len(losses) - 1)):
+        events.append({"event": "train", "step": step, "loss": 3.0, "lr": 1e-3, "norm": 1.0, "ms": 100.0, **({"load_max": load} if load else {})})
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "cloze_nanogpt.json").write_text(json.dumps({"step": 20, **result, "labels": labels}))
+    return folder
+
+
+def run_tool(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
+    try:
+        compare.main()
+        status = 0
+    except SystemExit as error:
+        status = 1 if error.code else 0
+        print(error.code)
+    return status, capsys.readouterr().out
+
+
+def test_sign_test_against_values_worked_by_hand():
+    # 1 win, 7 losses: 2 (C(8,0) + C(8,1)) / 2^8 = 18 / 256
+    assert compare.sign_test([1] + [0] * 7 + [1, 0], [0] + [1] * 7 + [1, 0]) == pytest.approx(18 / 256)
+    # 10 and 25 of 35 discordant: scipy.stats.binomtest(10, 35).pvalue
+    assert compare.sign_test([1] * 10 + [0] * 25, [0] * 10 + [1] * 25) == pytest.approx(0.0166738, abs=1e-7)
+    assert compare.sign_test([1, 0], [1, 0]) == 1.0 and compare.sign_test([1, 0], [0, 1]) == 1.0
+    assert 0 < compare.sign_test([1] * 900 + [0] * 1100, [0] * 900 + [1] * 1100) < 1e-4  # no overflow
+    wins, n = 40, 100
+    exact = 2 * sum(math.comb(n, k) for k in range(wins + 1)) / 2**n
+    assert compare.sign_test([1] * 40 + [0] * 60, [0] * 40 + [1] * 60) == pytest.approx(exact)
+
+
+def test_holm_by_hand():
+    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert compare.holm([0.5]) == [0.5] and compare.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_welch_by_hand():
+    # means 2 and 5, variances 1 and 1 with n = 3 each: 4 degrees of freedom, half-width 2.776 sqrt(2/3)
+    difference, width = compare.welch([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    assert difference == -3 and width == pytest.approx(2.776 * math.sqrt(2 / 3))
+    assert compare.welch([1.0], [2.0, 3.0]) == (-1.5, None)
+
+
+def test_a_real_difference_and_one_that_is_none(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", right=200, n_layer=1)
+    write_run(tmp_path / "b", right=260, n_layer=2, losses=(5.0, 4.0, 2.5))
+    write_run(tmp_path / "c", right=264, n_layer=3, losses=(5.0, 4.0, 2.4))
+    status, said = run_tool(monkeypatch, capsys, *(tmp_path / name for name in "abc"), "--out", tmp_path / "report")
+    assert status == 0, said
+    pairs = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in said.splitlines() if "–" in line and "(a)" in line or "gpt2 (b) –" in line}
+    assert pairs["gpt2 (a) – gpt2 (b)"][0] == "+0.5000 (one seed: no interval)"
+    assert pairs["gpt2 (a) – gpt2 (b)"][1] == "-15.00" and pairs["gpt2 (a) – gpt2 (b)"][3] == "worse"
+    assert float(pairs["gpt2 (a) – gpt2 (b)"][2]) < 1e-10
+    assert pairs["gpt2 (b) – gpt2 (c)"][3] == "not distinguishable"  # 4 items to none: p = 1/8 even uncorrected
+    assert float(pairs["gpt2 (b) – gpt2 (c)"][2]) == pytest.approx(0.125)
+    ranking = [line.split("|")[2].strip() for line in said.splitlines() if line.startswith(("| 1 ", "| 2 ", "| 3 "))]
+    assert ranking == ["gpt2 (c)", "gpt2 (b)", "gpt2 (a)"]
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"leaderboard.md", "index.html", "loss_tokens.png", "loss_flops.png", "loss_time.png", "cloze_nanogpt.png",
+            "cloze_nanogpt_bars.png"} <= names and "expert_load.png" not in names  # fmt: skip
+    page = (tmp_path / "report/index.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page and "not distinguishable" in page
+
+
+def test_seeds_are_pooled(tmp_path, monkeypatch, capsys):
+    for seed, (a, b) in enumerate(((3.0, 2.0), (3.1, 2.1), (3.2, 2.2))):
+        write_run(tmp_path / f"a{seed}", losses=(5.0, a), seed=seed, n_layer=1, right=100)
+        write_run(tmp_path / f"b{seed}", losses=(5.0, b), seed=seed, n_layer=2, right=100 + 40 * (seed == 1))
+    folders = sorted(tmp_path.iterdir())
+    status, said = run_tool(monkeypatch, capsys, *folders, "--out", tmp_path / "report")
+    assert status == 0 and "3.1000 ± 0.1000" in said and "2.1000 ± 0.1000" in said
+    width = 2.776 * math.sqrt(2 * 0.01 / 3)
+    assert f"+1.0000 ± {width:.4f}" in said
+    rows = [line for line in said.splitlines() if line.startswith(("| 1 ", "| 2 "))]
+    assert len(rows) == 2 and all(row.rstrip(" |").endswith("3") for row in rows)  # seeds
+    # forty items were right in one seed of b and in none of a: forty wins to none
+    assert f"{2 / 2**40:.3g}" in said
+
+
+def test_unfair_runs_are_ranked_apart_with_the_reason(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", n_layer=1)
+    write_run(tmp_path / "b", n_layer=2)
+    write_run(tmp_path / "shorter", losses=(5.0, 1.0))
+    write_run(tmp_path / "other", fingerprint="g", losses=(5.0, 4.0, 1.0))
+    write_run(tmp_path / "faster", max_lr=1e-2, losses=(5.0, 4.0, 1.0))
+    status, said = run_tool(monkeypatch, capsys, *sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
+    assert status == 0
+    main, *apart = said.split("## Not comparable with those above")
+    assert "(a)" in main and "(b)" in main and "(shorter)" not in main and "(other)" not in main and len(apart) == 3
+    reasons = " ".join(apart)
+    assert "tokens: 5242880, not 10485760" in reasons and "data: g, not f" in reasons and "max_lr is 0.01, not 0.0006" in reasons
+
+
+def test_an_unfinished_run_is_shown_and_not_ranked(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", n_layer=1)
+    write_run(tmp_path / "b", losses=(5.0, 1.0), max_steps=20)
+    status, said = run_tool(monkeypatch, capsys, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "report")
+    assert status == 0
+    (row,) = [line for line in said.splitlines() if "unfinished: step 10 of 20" in line]
+    assert row.startswith("| – |") and "| 1 | gpt2 (a) |" in said
+
+
+def test_broken_logs_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "good")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/log.jsonl").write_text("")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/log.jsonl").write_text('{"loss": 3}\n{"loss": 2}\n')
+    killed = write_run(tmp_path / "killed")
+    with open(killed / "log.jsonl", "a") as f:
+        f.write('{"event": "tra')  # a run that was killed while it wrote is fine
+    torn = write_run(tmp_path / "torn")
+    text = (torn / "log.jsonl").read_text()
+    (torn / "log.jsonl").write_text(text[:300] + text[310:400] + "\n" + text[400:])
+    status, said = run_tool(monkeypatch, capsys, *sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
+    assert status == 1 and "4 of 6 folders were left out" in said
+    for name, why in (("empty", "is empty"), ("nothing", "has no log.jsonl"), ("foreign", "line 1 of"), ("torn", "line 1 of")):
+        assert f"left out: {tmp_path / name}: " in said and why in said
+    status, said = run_tool(monkeypatch, capsys, tmp_path / "empty", "--out", tmp_path / "report")
+    assert status == 1 and "there is no run to compare" in said
+
+
+def test_inside_and_outside_of_a_reference(tmp_path, monkeypatch, capsys):
+    for seed, last in enumerate((3.00, 3.01, 3.02)):
+        write_run(tmp_path / f"r{seed}", losses=(5.0 + 0.01 * seed, last), seed=seed)
+    reference = tmp_path / "results/reference.jsonl"
+    assert run_tool(monkeypatch, capsys, *(tmp_path / f"r{s}" for s in range(3)), "--save_reference", reference)[0] == 0
+    lines = [json.loads(line) for line in reference.read_text().splitlines()]
+    # 3.01 ± 4.303 * 0.01 * sqrt(4/3)
+    assert lines[1]["loss"] == pytest.approx(3.01) and lines[1]["high"] - 3.01 == pytest.approx(4.303 * 0.01 * math.sqrt(4 / 3))
+    write_run(tmp_path / "mine", losses=(5.01, 3.05))
+    status, said = run_tool(monkeypatch, capsys, tmp_path / "mine", "--against", reference)
+    assert status == 0 and "inside at 2 of 2 steps" in said
+    write_run(tmp_path / "bad", losses=(5.01, 3.2))
+    status, said = run_tool(monkeypatch, capsys, tmp_path / "bad", "--against", reference)
+    assert status == 1 and "OUTSIDE" in said and "inside at 1 of 2 steps" in said
+    (tmp_path / "nonsense").write_text("no")
+    status, said = run_tool(monkeypatch, capsys, tmp_path / "bad", "--against", tmp_path / "nonsense")
+    assert status == 1 and "is not a reference" in said
+
+
+def test_expert_load_has_a_picture(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "moe", load=1.5)
+    write_run(tmp_path / "dense", n_layer=3)
+    assert run_tool(monkeypatch, capsys, tmp_path / "moe", tmp_path / "dense", "--out", tmp_path / "report")[0] == 0
+    assert (tmp_path / "report/expert_load.png").stat().st_size > 5000

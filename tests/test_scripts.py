@@ -1,0 +1,287 @@
+"""What must hold for every training script: the same text around another model, and a model that behaves."""
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from tools import sync
+
+NAMES = sorted(path.stem for path in ROOT.glob("train_*.py"))
+BUDGET = 124_475_904
+
+
+@pytest.fixture(params=NAMES)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+def tiny(script, **fields):
+    return script.Config(**{**script.TINY_MODEL, "vocab_size": 257, "block_size": 48, **fields})
+
+
+def make(script, dtype=torch.float32, **fields):
+    """A small model none of whose parameters is at its special initial value, such as 0."""
+    torch.manual_seed(0)
+    model = script.Model(tiny(script, **fields))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(257, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- text
+
+
+def test_shared_sections_are_the_same_to_the_letter(script):
+    path = ROOT / f"{script.__name__}.py"
+    if path != sync.ORIGINAL:
+        lines = sync.differences(path)
+        assert not lines, "".join(lines[:20]) + "\nrun `python -m tools.sync`"
+
+
+def test_sync_repairs_a_sibling_and_notices_a_missing_section(tmp_path, monkeypatch, capsys):
+    original = sync.ORIGINAL.read_text()
+    (tmp_path / "train_gpt2.py").write_text(original)
+    changed = original.replace("def get_lr(config, step):", "def get_lr(config, step, more):").replace("n_embd", "width")
+    (tmp_path / "train_other.py").write_text(changed)
+    monkeypatch.setattr(sync, "ROOT", tmp_path)
+    monkeypatch.setattr(sync, "ORIGINAL", tmp_path / "train_gpt2.py")
+    assert any("get_lr" in line for line in sync.differences(tmp_path / "train_other.py"))
+    monkeypatch.setattr(sys, "argv", ["sync", "--check"])
+    with pytest.raises(SystemExit, match="1 scripts differ"):
+        sync.main()
+    monkeypatch.setattr(sys, "argv", ["sync"])
+    sync.main()
+    assert sync.differences(tmp_path / "train_other.py") == []
+    repaired = (tmp_path / "train_other.py").read_text()
+    assert "width" in repaired and "step, more" not in repaired  # its own part is untouched
+    (tmp_path / "train_other.py").write_text(repaired.replace("# Set-up: the same in every script", "# Set-up"))
+    with pytest.raises(SystemExit, match="put back the banners"):
+        sync.main()
+
+
+def test_same_names_in_the_same_order(script):
+    tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    expected = ["Config", "Norm", "Attention", "MLP", "Block", "Model", "HeadLoss"]
+    assert [name for name in classes if name in expected] == expected
+    methods = {"forward", "decode", "after_step", "flops_per_token", "optimizer_groups", "init_weights"}
+    assert methods <= set(dir(script.Model))
+
+
+def test_length_and_imports(script):
+    text = (ROOT / f"{script.__name__}.py").read_text()
+    assert len(text.splitlines()) <= 800 and max(map(len, text.splitlines())) <= 128
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "fineweb", "hellaswag"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        if isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] in allowed
+    assert sum(len(lines) for name, lines in sync.sections(text) if name) <= 400
+
+
+# ---- size
+
+
+def test_parameters_at_the_real_shapes(script, monkeypatch):
+    monkeypatch.setattr(script.Model, "init_weights", lambda self: None)
+    with torch.device("meta"):
+        model = script.Model(script.Config(**script.RECIPE))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert 122_000_000 <= total <= BUDGET
+    assert f"{total:,}" in script.__doc__
+    assert 100e6 < model.flops_per_token() < 330e6
+
+
+# ---- the model
+
+
+def test_editing_a_token_changes_nothing_before_it(script):
+    model = make(script).eval()
+    idx = tokens(2, 48)
+    with torch.no_grad():
+        before = model(idx)[0]
+        for t in (0, 1, 13, 31, 32, 47):
+            edited = idx.clone()
+            edited[:, t] = (edited[:, t] + 1) % 257
+            after = model(edited)[0]
+            torch.testing.assert_close(after[:, :t], before[:, :t], rtol=1e-5, atol=1e-5)
+            assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+def test_padding_changes_no_score(script):
+    model = make(script).eval()
+    idx = tokens(3, 48)
+    with torch.no_grad():
+        for n in (1, 5, 17, 33):
+            targets = tokens(3, n, seed=1)
+            alone = model(idx[:, :n], targets, "none")[1]
+            for fill in (0, 200):
+                padded = torch.full((3, 48), fill)
+                padded[:, :n] = idx[:, :n]
+                goals = torch.full((3, 48), -1)
+                goals[:, :n] = targets
+                losses = model(padded, goals, "none")[1]
+                torch.testing.assert_close(losses[:, :n], alone, rtol=1e-4, atol=1e-5)
+                assert (losses[:, n:] == 0).all()
+
+
+def test_the_losss_value_is_the_cross_entropy_alone(script):
+    model = make(script).train()
+    idx, targets = tokens(2, 48), tokens(2, 48, seed=1)
+    _, loss = model(idx, targets)
+    plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+    each = model(idx, targets, "none")[1]
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    torch.testing.assert_close(each.mean(), plain, rtol=1e-5, atol=0)
+
+
+def test_every_parameter_learns_and_is_in_one_group(script):
+    model = make(script).train()
+    model(tokens(2, 48), tokens(2, 48, seed=1))[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    groups = model.optimizer_groups()
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    assert all({"weight_decay", "lr_scale"} <= group.keys() for group in groups)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays[id(model.wte.weight)] == model.config.weight_decay
+    assert any(decay == 0 for decay in decays.values())
+
+
+def test_decoding_step_by_step_equals_the_whole(script):
+    model = make(script).eval()
+    idx = tokens(2, 40)
+    with torch.no_grad():
+        whole, state = model(idx)[0], None
+        for n in range(11, 41):
+            logits, state = model.decode(idx[:, :n], state)
+            torch.testing.assert_close(logits, whole[:, n - 1], rtol=1e-4, atol=1e-4)
+        longer = tokens(2, 60)  # beyond block_size
+        assert model.decode(longer)[0].shape == (2, 257)
+
+
+def test_double_precision(script):
+    model = make(script, torch.float64).train()
+    loss = model(tokens(2, 20), tokens(2, 20, seed=1))[1]
+    loss.backward()
+    assert loss.dtype == torch.float64 and model.wte.weight.grad.dtype == torch.float64
+
+
+def test_sixteen_bits(script):
+    model = make(script).train()
+    idx, targets = tokens(4, 48), tokens(4, 48, seed=1)
+    exact = model(idx, targets)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, targets)[1]
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_one_graph_and_no_recompilation(script):
+    """What torch.compile captures, without the slow code generation: no break, and nothing that starts it over."""
+    idx, targets = [tokens(2, 48, seed=step) for step in range(3)], tokens(2, 48, seed=9)
+
+    def train(model, net, first):
+        for step in range(3):
+            model.zero_grad()
+            with torch._dynamo.config.patch(error_on_recompile=step >= first):
+                loss = net.train()(idx[step], targets)[1]
+                loss.backward()
+                model.after_step()
+                with torch.no_grad():
+                    net.eval()(idx[step], targets)
+        return loss.item(), [parameter.grad for parameter in model.parameters()]
+
+    torch._dynamo.reset()
+    plain, model = make(script), make(script)
+    loss, gradients = train(plain, plain, 3)
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
+    compiled_loss, compiled_gradients = train(model, compiled, 1)
+    torch._dynamo.reset()
+    assert compiled_loss == pytest.approx(loss, rel=1e-5)
+    for ours, theirs, (name, _) in zip(compiled_gradients, gradients, model.named_parameters()):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-7, name
+
+
+def test_overfits_one_batch(script):
+    torch.manual_seed(0)
+    model = script.Model(tiny(script)).train()
+    optimizer = torch.optim.AdamW(model.optimizer_groups(), lr=3e-3, betas=(0.9, 0.95))
+    idx, targets = tokens(2, 48), tokens(2, 48, seed=1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(idx, targets)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.after_step()
+    assert loss.item() < 0.3
+
+
+# ---- runs
+
+SHORT = ["--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4", "--warmup_steps=2"]
+
+
+def load(folder, step):
+    return torch.load(folder / f"step_{step:06d}.pt", weights_only=True)
+
+
+def train_losses(folder):
+    events = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [event["loss"] for event in events if event["event"] == "train"]
+
+
+def test_resume_eval_and_sample(script, run, small_sample, tmp_path):
+    options = [*SHORT, f"--data_dir={small_sample}", "--run_name=a", "--eval_every=2"]
+    status, said = run(script, *options, "--max_steps=4")
+    assert status == 0, said
+    straight, losses = load(tmp_path / "log/a", 4), train_losses(tmp_path / "log/a")
+    (tmp_path / "log/a/step_000004.pt").unlink()
+    status, said = run(script, *options, "--resume")
+    assert status == 0, said
+    resumed = load(tmp_path / "log/a", 4)
+    assert train_losses(tmp_path / "log/a") == losses
+    assert resumed["model"].keys() == straight["model"].keys()
+    for name, tensor in straight["model"].items():
+        assert torch.equal(resumed["model"][name], tensor), name
+    status, said = run(script, *options, "--eval")
+    assert status == 0 and "validation loss" in said and "cloze (nanogpt)" in said, said
+    status, said = run(script, *options, "--sample", "The ")
+    assert status == 0 and said.count("The ") >= 4, said
+
+
+def test_two_processes_equal_one(script, run, small_sample, tmp_path):
+    options = [*SHORT, f"--data_dir={small_sample}", "--eval_every=9", "--max_steps=3", "--micro_batch=4"]
+    assert run(script, *options, "--run_name=one")[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__, *options]
+    result = subprocess.run([*command, "--run_name=two"], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert train_losses(tmp_path / "log/two") == pytest.approx(train_losses(tmp_path / "log/one"), rel=1e-4)
+    one, two = (load(tmp_path / "log" / name, 3)["model"] for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=2e-3)
+
+
+def test_a_tiny_run_learns(script, run, sample, tmp_path):
+    options = ["--tiny", f"--data_dir={sample}", "--max_steps=50", "--warmup_steps=10", "--eval_every=50", "--val_tokens=8192",
+               "--run_name=a"]  # fmt: skip
+    status, said = run(script, *options)
+    assert status == 0, said
+    losses = train_losses(tmp_path / "log/a")
+    assert losses[0] > 5 and losses[-1] < 3.0  # 5.5 is chance; letter frequencies alone give about 3.0
