@@ -89,6 +89,7 @@ def parse_options(parser, Config):
 
 def open_log(path, step):
     """A run's log.jsonl for appending, without what it says of step and later ones: they are coming again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
@@ -222,13 +223,21 @@ def _sha256(f):  # Python 3.10 has no file_digest
 # Reading documents
 
 
-def read_documents(path, first_row=0):
-    """Yields (row, documents, new): up to 256 consecutive texts of a .parquet, .jsonl or .txt file.
+def read_row_group(path, group, skip):
+    """The texts of a parquet file's row group, but for the first skip ones: a list of str."""
+    import pyarrow.parquet
 
-    row counts documents within the file and is the row of the first one; rows before first_row are skipped
-    without being handed out. new is False where the text goes on from the row before: a .txt file is one
-    document, handed out in pieces of about 1 MB that end at a line break. Raises SystemExit for a file that
-    can't be read as what it is called.
+    column = pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=["text"], use_threads=False).column(0)
+    return [text or "" for text in column.to_pylist()[skip:]]
+
+
+def read_documents(path, first_row=0):
+    """Yields (row, documents, new): consecutive texts of a .parquet, .jsonl or .txt file.
+
+    row counts documents within the file and is the row of the first one; rows before first_row are left out.
+    documents is a list of str or, for parquet, the arguments of read_row_group(), so that a worker can do the
+    reading. new is False where the text goes on from the row before: a .txt file is one document, handed out in
+    pieces of about 1 MB that end at a line break. Raises SystemExit for a file that isn't what it is called.
     """
     if path.suffix == ".parquet":
         import pyarrow
@@ -243,15 +252,10 @@ def read_documents(path, first_row=0):
         row = 0
         for group in range(parquet.num_row_groups):
             n_rows = parquet.metadata.row_group(group).num_rows
-            if row + n_rows <= first_row:
-                row += n_rows
-                continue
-            for batch in parquet.iter_batches(256, row_groups=[group], columns=["text"], use_threads=False):
-                texts = [text or "" for text in batch.column(0).to_pylist()]
-                skip = max(0, first_row - row)
-                if skip < len(texts):
-                    yield row + skip, texts[skip:], True
-                row += len(texts)
+            skip = max(0, first_row - row)
+            if skip < n_rows:
+                yield row + skip, (path, group, skip), True
+            row += n_rows
         return
     if path.suffix not in (".jsonl", ".txt"):
         fail(f"{path}: the text must be a .jsonl, .txt or .parquet file")
@@ -328,6 +332,7 @@ def start_worker(tokenizer):
 
 def tokenize(documents, new, encoding):
     """Tokens of the documents, each preceded by <|endoftext|> if new: (all tokens, the count of each)."""
+    documents = documents if isinstance(documents, list) else read_row_group(*documents)
     parts = []
     for text in documents:
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
@@ -590,16 +595,20 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
 
     def open_file(i, first_row):
         future = ahead.pop(i, None) or fetcher.submit(fetch, repo, files[i], revision, raw)
-        path = future.result()
-        for n, batch in enumerate(read_documents(path, first_row)):
-            if n == 1000 and i + 1 < len(files):  # a quarter of a million documents in: we'll need the next
+        for n, batch in enumerate(read_documents(future.result(), first_row)):
+            if n == 250 and i + 1 < len(files):  # a quarter of a million documents in: we'll need the next
                 ahead[i + 1] = fetcher.submit(fetch, repo, files[i + 1], revision, raw)
             yield batch
-        path.unlink()
+
+    def source(file, row):
+        for batch in tokenized(len(files), open_file, (file, row), tokenizer, workers):
+            for done in range(file, batch[0]):  # its last tokens have arrived
+                (raw / files[done]).unlink()
+            file = batch[0]
+            yield batch
 
     try:
-        write_shards(folder, manifest, lambda *at: tokenized(len(files), open_file, at, tokenizer, workers),
-                     last_shard, total)
+        write_shards(folder, manifest, source, last_shard, total)
     finally:
         fetcher.shutdown(cancel_futures=True)
     shutil.rmtree(raw, ignore_errors=True)

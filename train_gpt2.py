@@ -12,7 +12,6 @@ and MLP, full multi-head attention, a GELU MLP of width 4C, biases everywhere, t
     python train_gpt2.py --eval                               # score it; --sample "A prompt" continues a text
 """
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -228,7 +227,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets, with_grad):
         device, n = x.device.type, len(x)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, w, size, total = x.to(dtype), weight.to(dtype), max(512, -(-n // 16)), 0.0
+        x, w, size, total = x.to(dtype), weight.to(dtype), max(256, -(-n // 16)), 0.0
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
         for at in range(0, n, size):
             chunk, target = x[at : at + size], targets[at : at + size, None]
@@ -238,7 +237,10 @@ class HeadLoss(torch.autograd.Function):
             if with_grad:
                 dlogits = logits.sub_(lse).exp_().scatter_add_(-1, target, torch.full_like(lse, -1.0)).to(dtype)
                 dx[at : at + size] = dlogits @ w
-                dw += dlogits.T @ chunk
+                if dtype == dw.dtype:
+                    dw.addmm_(dlogits.T, chunk)
+                else:
+                    dw += dlogits.T @ chunk
         ctx.save_for_backward(dx, dw)
         return total / n
 
@@ -246,7 +248,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         scale = grad / len(dx)  # here, not in forward: fp16 would lose the small ones
-        return (dx * scale).to(dx.dtype), dw * scale, None, None
+        return (dx * scale).to(dx.dtype), dw.mul_(scale), None, None
 
 
 def head_loss(x, weight, targets, reduction):
@@ -310,14 +312,14 @@ def over_ranks(values, device, op=dist.ReduceOp.SUM):
     return values.tolist()
 
 
-def find_micro_batch(config, model, rows, device, autocast):
+def find_micro_batch(config, rows, device, autocast):
     """The largest divisor of rows that trains within the memory, the same on every process."""
     most = 4096 if device.type == "cpu" else 65_536  # tokens; no device gets faster from more
     for n in [n for n in range(rows, 0, -1) if rows % n == 0 and (n == 1 or n * config.block_size <= most)]:
         if config.micro_batch or device.type == "cpu":  # a CPU out of memory can't be caught
             return config.micro_batch or n
         try:
-            trial, fits = copy.deepcopy(model), True  # it and its gradients take as much as AdamW will
+            trial, fits = Model(config).to(device), True  # it and its gradients take as much as AdamW will
             with autocast:
                 _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
             loss.backward()
@@ -429,7 +431,7 @@ def main():
         tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
         return say("\n".join(generate(model.eval(), tokenizer, todo.sample, 4, *sampling)))
     batch_rows = config.batch_tokens // config.block_size
-    micro_batch = find_micro_batch(config, model, batch_rows // world, device, autocast)
+    micro_batch = find_micro_batch(config, batch_rows // world, device, autocast)
     micro_steps = batch_rows // world // micro_batch
     groups = model.optimizer_groups()
     if sorted(id(p) for group in groups for p in group["params"]) != sorted(map(id, model.parameters())):
@@ -465,9 +467,8 @@ def main():
              "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(),
              "data": data, "config": dataclasses.asdict(config)}  # fmt: skip
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{script}.py").write_text(Path(__file__).read_text())
         log_file = fineweb.open_log(folder / "log.jsonl", math.inf if todo.eval else first_step)
+        (folder / f"{script}.py").write_text(Path(__file__).read_text())
 
     def log(event, **fields):
         if rank == 0:
@@ -512,8 +513,7 @@ def main():
         # ---- step
         model.train()
         began, loss = time.perf_counter(), torch.zeros((), device=device)
-        rows = loader.batch(step)  # (micro_steps * micro_batch, T + 1)
-        for micro_step, part in enumerate(rows.split(micro_batch)):
+        for micro_step, part in enumerate(loader.batch(step).split(micro_batch)):  # (micro_batch, T + 1)
             if world > 1:  # gradients are averaged over the processes once a step, in the last backward
                 net.require_backward_grad_sync = micro_step == micro_steps - 1
             with autocast:

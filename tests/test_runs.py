@@ -324,27 +324,33 @@ def test_another_tokenizers_checkpoint_is_refused(small, small_sample, tmp_path)
 
 
 def test_out_of_memory_halves_the_micro_batch(monkeypatch):
-    class Fits:
-        """A model that runs out of memory above a number of rows."""
-
-        def __init__(self, rows):
-            self.rows = rows
-
-        def __call__(self, idx, targets):
-            if len(idx) > self.rows:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-            return None, torch.zeros((), requires_grad=True)
-
     class Device:
         type = "meta"
 
-    config, off = train_gpt2.Config(block_size=1024), torch.autocast("cpu", enabled=False)
-    zeros = torch.zeros
+    config, off, zeros = train_gpt2.Config(block_size=1024), torch.autocast("cpu", enabled=False), torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
-    for rows, fits, expected in ((512, 10**6, 64), (512, 63, 32), (512, 1, 1), (96, 50, 48), (12, 5, 4)):
-        assert train_gpt2.find_micro_batch(config, Fits(fits), rows, Device, off) == expected
+
+    def find(rows, largest):
+        """What is chosen where a model with more rows than largest runs out of memory."""
+
+        class Model:
+            def __init__(self, config):
+                pass
+
+            def to(self, device):
+                return self
+
+            def __call__(self, idx, targets):
+                if len(idx) > largest:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+                return None, zeros((), requires_grad=True)
+
+        monkeypatch.setattr(train_gpt2, "Model", Model)
+        return train_gpt2.find_micro_batch(config, rows, Device, off)
+
+    assert [find(512, 10**6), find(512, 63), find(512, 1), find(96, 50), find(12, 5)] == [64, 32, 1, 48, 4]
     with pytest.raises(SystemExit, match="not even one row of 1024 tokens fits"):
-        train_gpt2.find_micro_batch(config, Fits(0), 512, Device, off)
+        find(512, 0)
 
 
 def test_learning_rate():

@@ -119,7 +119,7 @@ def work(job):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     steps = {kind: make_step(kind, script, config, device, autocast, compiles) for kind in job["kinds"]}
-    rows = job["micro_batch"] or script.find_micro_batch(config, next(iter(steps.values())).model, 64, device, autocast)
+    rows = job["micro_batch"] or script.find_micro_batch(config, 64, device, autocast)
     torch.manual_seed(0)
     rates = {kind: [] for kind in steps}
     for repeat in range(job["warm_up"] + job["repeats"]):

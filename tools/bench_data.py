@@ -11,8 +11,9 @@ import argparse
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -84,15 +85,7 @@ def plain_rate(paths, processes, folder):
 
 
 def our_rate(paths, processes, folder):
-    """Tokens per second of fineweb.py's writer after its processes have started, and its peak memory in GB."""
-    peak, stop = 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not stop.wait(0.2):
-            peak = max(peak, tree_memory())
-
-    threading.Thread(target=watch, daemon=True).start()
+    """Tokens per second of fineweb.py's writer after its processes have started."""
     batches = fineweb.tokenized(len(paths), lambda i, row: fineweb.read_documents(paths[i], row), (0, 0), "gpt2", processes)
     buffer, filled, began = np.empty(fineweb.SHARD_TOKENS, dtype=np.uint16), 0, None
     for _, _, tokens, _ in batches:
@@ -102,18 +95,26 @@ def our_rate(paths, processes, folder):
         buffer[filled % 10**8 : filled % 10**8 + len(tokens)] = tokens[: 10**8 - filled % 10**8]
         filled += len(tokens)
     fineweb.write_atomic(folder / "shard.bin", lambda f: f.write(buffer[: min(filled, 10**8)].data))
-    seconds = time.perf_counter() - began
-    stop.set()
-    return filled / seconds, peak
+    return filled / (time.perf_counter() - began)
 
 
-def tree_memory():
-    """Proportional memory of this process and its children in GB (Linux)."""
+def our_memory(paths, processes, folder):
+    """Peak memory in GB of `python fineweb.py` and its processes (Linux)."""
+    command = [sys.executable, fineweb.__file__, "--files", *paths, "--workers", str(processes), "--out", folder / "out"]
+    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        peak = max(peak, tree_memory(process.pid))
+        time.sleep(0.1)
+    return peak
+
+
+def tree_memory(pid):
+    """Proportional memory of a process and its children in GB."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if os.getpid() in (int(folder.name), parent):
+            if pid in (int(folder.name), parent):
                 lines = (folder / "smaps_rollup").read_text().splitlines()
                 total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         except (OSError, StopIteration):
@@ -123,20 +124,20 @@ def tree_memory():
 
 def bench_writer(args):
     paths = args.text * args.copies
-    texts = [text for path in args.text for _, batch, _ in fineweb.read_documents(path) for text in batch]
+    batches = [documents for path in args.text for _, documents, _ in fineweb.read_documents(path)]
+    texts = [text for batch in batches for text in (batch if isinstance(batch, list) else fineweb.read_row_group(*batch))]
     figures = {"raw": [], "plain": [], "ours": [], "memory": []}
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
             figures["raw"].append(raw_rate(texts, args.processes) / 1e6)
-            ours, memory = our_rate(paths, args.processes, Path(folder))
-            figures["ours"].append(ours / 1e6)
-            figures["memory"].append(memory)
+            figures["ours"].append(our_rate(paths, args.processes, Path(folder)) / 1e6)
+            figures["memory"].append(our_memory(paths, args.processes, Path(folder)))
             if all(path.suffix == ".parquet" for path in paths):
                 figures["plain"].append(plain_rate(args.text, args.processes, Path(folder)) / 1e6)
     report(f"tiktoken alone, {args.processes} processes", figures["raw"], "Mtok/s")
     report("fineweb.py", figures["ours"], "Mtok/s")
     report("fineweb.py / tiktoken alone", [a / b for a, b in zip(figures["ours"], figures["raw"])], "x")
-    report("memory of fineweb.py and its processes", figures["memory"], "GB (with torch, which this tool imports)")
+    report("memory of fineweb.py and its processes", figures["memory"], "GB")
     if figures["plain"]:
         report("rows one by one through Pool.imap", figures["plain"], "Mtok/s")
         report("fineweb.py / rows one by one", [a / b for a, b in zip(figures["ours"], figures["plain"])], "x")
@@ -152,21 +153,19 @@ def bench_loader(args):
         for k in range(args.shards):
             header = fineweb.shard_header(len(body))
             fineweb.write_atomic(folder / f"x_train_{k:06d}.bin", lambda f: (f.write(header), f.write(body.data)))
-        windows = fineweb.Windows(folder, "train", 1024)
         figures = {"warm": [], "cold": []}
         for repeat in range(args.repeats):
             for kind in ("warm", "cold"):
-                loader = fineweb.Loader(windows, 512, seed=repeat)
-                steps = range(args.steps)
-                if kind == "warm":
-                    for step in steps:
-                        loader.read(step)
-                else:
-                    del windows  # unmap, so that the pages may go
+                windows = loader = None  # unmapped, the pages may go
+                if kind == "cold":
                     for path in folder.glob("*.bin"):
                         with open(path, "rb") as f:
                             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                    windows = loader.windows = fineweb.Windows(folder, "train", 1024)
+                windows = fineweb.Windows(folder, "train", 1024)
+                loader, steps = fineweb.Loader(windows, 512, seed=repeat), range(args.steps)
+                if kind == "warm":
+                    for step in steps:
+                        loader.read(step)
                 began = time.perf_counter()
                 for step in steps:
                     loader.read(step)

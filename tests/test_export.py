@@ -1,0 +1,133 @@
+"""Export to other libraries and back, by the real libraries."""
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import fineweb
+from tools import export, mapping
+
+transformers = pytest.importorskip("transformers")
+WITH_CLASS = [name for name in export.CLASSES if (ROOT / f"train_{name}.py").exists()]
+
+
+def trained(name, folder, tokenizer="bytes"):
+    """A run's folder with a checkpoint of a small random model, and the model."""
+    script = importlib.import_module(f"train_{name}")
+    config = script.Config(**{**script.TINY_MODEL, "vocab_size": 320, "block_size": 64})
+    torch.manual_seed(0)
+    model = script.Model(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for key, buffer in model.named_buffers():
+        if key.endswith("router.bias"):
+            buffer += 0.1 * torch.randn_like(buffer)
+    data = {"dataset": "sample", "tokenizer": tokenizer, "vocab_size": fineweb.VOCAB_SIZE[tokenizer], "fingerprint": "f"}
+    folder.mkdir(parents=True)
+    torch.save({"format": 1, "script": f"train_{name}", "step": 7, "config": vars(config), "data": data, "model": model.state_dict(),
+                "optimizer": {}, "scaler": {}, "rng": torch.get_rng_state()}, folder / "step_000007.pt")  # fmt: skip
+    return model
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    export.main()
+
+
+def close(ours, theirs):
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() <= 1e-5
+
+
+@pytest.mark.parametrize("name", WITH_CLASS)
+def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, monkeypatch):
+    model = trained(name, tmp_path / "log")
+    run(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    idx = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(model(idx)[0], theirs(idx).logits)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "The café's  number, of 1234 things\n\n it's — 日本."
+    assert tokenizer.encode(text, add_special_tokens=False) == fineweb.get_tokenizer("bytes").encode_ordinary(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.eos_token_id == 256
+    card = (tmp_path / "hf/README.md").read_text()
+    assert name in card and '"n_embd"' in card and "steps: 7" in card
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")
+    (result,) = pipe("The number", max_new_tokens=5)
+    assert result["generated_text"].startswith("The number")
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_CLASS if name != "deepseek"])
+def test_out_and_back_in_is_the_same_model_and_the_script_takes_it(name, tmp_path, monkeypatch, sample):
+    model = trained(name, tmp_path / "run")
+    script = importlib.import_module(f"train_{name}")
+    run(monkeypatch, tmp_path / "run", "--out", tmp_path / "hf")
+    fitting = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    fitting.resize_token_embeddings(257)  # a vocabulary that we have a tokenizer for
+    fitting.save_pretrained(tmp_path / "hf257")
+    run(monkeypatch, "--from", tmp_path / "hf257", "--out", tmp_path / "log/again")
+    checkpoint = torch.load(tmp_path / "log/again/step_000000.pt", weights_only=True)
+    for key, tensor in checkpoint["model"].items():
+        assert torch.equal(tensor, model.state_dict()[key][: len(tensor)]), key
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--run_name", "again", "--resume", f"--data_dir={sample}", "--max_steps=2",
+                                      "--val_tokens=512", "--batch_tokens=524288", "--eval_every=9", "--sample_tokens=3"])  # fmt: skip
+    monkeypatch.setattr(script, "check_config", lambda config, world: setattr(config, "batch_tokens", 512))
+    script.main()
+    assert (tmp_path / "log/again/step_000002.pt").exists()
+
+
+@pytest.mark.skipif(not (ROOT / "train_mta.py").exists(), reason="train_mta.py is not here")
+def test_mta_comes_out_under_its_own_names(tmp_path, monkeypatch, capsys):
+    from safetensors.torch import load_file
+
+    model = trained("mta", tmp_path / "log")
+    run(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
+    assert "no library has a class for it" in capsys.readouterr().out
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in model.state_dict().items())
+    assert json.loads((tmp_path / "out/config.json").read_text())["architecture"] == "mta"
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="holds no checkpoint"):
+        run(monkeypatch, tmp_path / "nowhere", "--out", tmp_path / "hf")
+    with pytest.raises(SystemExit, match="give the folder of a run to export, or --from"):
+        run(monkeypatch, "--out", tmp_path / "hf")
+    trained("gpt2", tmp_path / "log")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/something").write_text("")
+    with pytest.raises(SystemExit, match="is not empty: choose another --out"):
+        run(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
+    with pytest.raises(SystemExit, match="can't be loaded"):
+        run(monkeypatch, "--from", tmp_path / "hf", "--out", tmp_path / "in")
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    config = transformers.GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=64, activation_function="relu")
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "relu")
+    with pytest.raises(SystemExit, match="has activation_function = relu, train_gpt2.py has gelu_new"):
+        run(monkeypatch, "--from", tmp_path / "relu", "--out", tmp_path / "in")
+    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="a vocabulary of 300, which is neither GPT-2's nor bytes"):
+        run(monkeypatch, "--from", tmp_path / "other", "--out", tmp_path / "in")
+    config = transformers.OPTConfig(vocab_size=257, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64, word_embed_proj_dim=32)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    with pytest.raises(SystemExit, match="is a OPTForCausalLM: only GPT-2, LLaMA, Mistral and Gemma 3 come in"):
+        run(monkeypatch, "--from", tmp_path / "opt", "--out", tmp_path / "in")
+
+
+def test_gpt2_tokenizer_equals_tiktokens():
+    try:
+        encoding = fineweb.get_tokenizer("gpt2")
+    except SystemExit:
+        pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
+    tokenizer = export.hf_tokenizer("gpt2")
+    for text in ("Hello, I'm a language model,", "  two  spaces\n\n\tand a tab", "don't WE'LL 12345 naïve 日本語 🙂 <|endoftext"):
+        assert tokenizer.encode(text, add_special_tokens=False) == encoding.encode_ordinary(text)
+    assert len(tokenizer) == 50_257 and tokenizer.eos_token_id == 50_256
