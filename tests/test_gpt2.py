@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt2
+from tools import mapping
 from train_gpt2 import Config, HeadLoss, Model, head_loss
 
 SMALL = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=300, block_size=24)
@@ -21,28 +22,11 @@ def perturbed(config, dtype=torch.float32):
 
 
 def transformers_twin(model):
-    """transformers' GPT-2 with the same weights, and {our name: its parameter, transposed to our shape}."""
+    """transformers' GPT-2 with the same weights, in the same precision."""
     transformers = pytest.importorskip("transformers")
-    config = model.config
-    twin = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(model.wte.weight.dtype)  # fmt: skip
-    theirs, pairs = dict(twin.named_parameters()), {}
-    for name, parameter in model.named_parameters():
-        for ours, its in (("blocks.", "h."), ("norm1", "ln_1"), ("norm2", "ln_2"), ("attention.qkv", "attn.c_attn"),
-                          ("attention.proj", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.proj", "mlp.c_proj")):
-            name = name.replace(ours, its)
-        name = "transformer." + (name.replace("norm.", "ln_f.") if name.startswith("norm.") else name)
-        pairs[name] = parameter
-    assert pairs.keys() == theirs.keys()
-
-    def like_ours(name, tensor):  # its linear layers hold the transposed matrix
-        return tensor.T if tensor.dim() == 2 and name.startswith("transformer.h.") else tensor
-
-    with torch.no_grad():
-        for name, parameter in pairs.items():
-            like_ours(name, theirs[name]).copy_(parameter)
-    return twin, [(name, pairs[name], lambda name=name: like_ours(name, theirs[name].grad)) for name in pairs]
+    twin = transformers.GPT2LMHeadModel(mapping.hf_config("gpt2", model.config)).to(model.wte.weight.dtype)
+    twin.load_state_dict(mapping.to_hf_gpt2(model.state_dict(), model.config))
+    return twin
 
 
 def assert_close(ours, theirs, relative, what=""):
@@ -53,7 +37,7 @@ def assert_close(ours, theirs, relative, what=""):
 @pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_logits_loss_and_gradients_equal_transformers(dtype, relative):
     model = perturbed(Config(**SMALL), dtype)
-    twin, pairs = transformers_twin(model)
+    twin = transformers_twin(model)
     idx, targets = torch.randint(300, (2, 3, 24))
     logits, none = model(idx)
     assert none is None
@@ -64,14 +48,15 @@ def test_logits_loss_and_gradients_equal_transformers(dtype, relative):
     assert_close(loss, reference, relative, "loss")
     loss.backward()
     reference.backward()
-    for name, parameter, its_gradient in pairs:
-        assert_close(parameter.grad, its_gradient(), relative, name)
+    gradients = mapping.from_hf_gpt2({name: p.grad for name, p in twin.named_parameters()}, model.config)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, gradients[name], relative, name)
 
 
 def test_ten_steps_equal_a_plain_loop_over_transformers():
     config = Config(**SMALL, weight_decay=0.1)
     model = perturbed(config)
-    twin, pairs = transformers_twin(model)
+    twin = transformers_twin(model)
     ours = torch.optim.AdamW(model.optimizer_groups(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     decayed = [p for p in twin.parameters() if p.dim() >= 2]
     others = [p for p in twin.parameters() if p.dim() < 2]

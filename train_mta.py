@@ -1,0 +1,662 @@
+"""
+Multi-Token Attention (Golovneva et al., 2025, https://arxiv.org/abs/2504.00927) at 124M parameters.
+
+Against GPT-2: how much a query attends to a key also depends on the scores of its neighbours. In blocks 2, 6 and
+10 each head's map of scores is convolved over 6 queries and 11 keys, in all blocks the maps are mixed over the
+heads, both before the softmax and after it; then each head's output is normalised and gated. The rest is LLaMA's:
+rotary positions, RMSNorm, a SwiGLU MLP, no biases. Sizes follow the released configurations, the head is tied to
+the embedding. 123,597,084 parameters with the vocabulary padded to 50,304.
+
+    python train_mta.py --tiny                                # two minutes on a laptop, no GPU, no network
+    python train_mta.py                                       # one GPU; the micro-batch is the largest that fits
+    torchrun --standalone --nproc_per_node=8 train_mta.py     # one node of eight: the same run, faster
+    python train_mta.py --resume                              # go on from the newest checkpoint
+    python train_mta.py --eval                                # score it; --sample "A prompt" continues a text
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import fineweb
+import hellaswag
+from fineweb import fail, option, say
+
+# ==========================================================================================================
+# Config
+
+
+@dataclasses.dataclass
+class Config:
+    # ---- this architecture's fields
+    n_layer: int = option(12, "blocks")
+    n_head: int = option(12, "attention heads, of n_embd / n_head = 64 channels")
+    n_embd: int = option(768, "channels of the residual stream")
+    n_inner: int = option(2048, "channels inside the MLP: 8/3 n_embd, with three matrices as large as GPT-2's two")
+    rope_theta: float = option(100_000.0, "the slowest rotation takes almost 2 pi rope_theta tokens")
+    conv_every: int = option(4, "one block in so many has key-query convolutions: 2, 6, 10 and so on, counted from 0")
+    conv_queries: int = option(6, "queries that they reach over, the newest being the output's own")
+    conv_keys: int = option(11, "keys that they reach over, the middle one being the output's own")
+    # ---- the run: the same in every script (fields up to seed can't change on --resume)
+    vocab_size: int = option(50_304, "rows of the embedding: GPT-2's 50,257 tokens, padded to a multiple of 128")
+    block_size: int = option(1024, "tokens of context")
+    batch_tokens: int = option(2**19, "tokens an optimizer step on all GPUs together: 524,288")
+    seed: int = option(1337, "of the initial weights, the order of the data and the samples")
+    max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19, one epoch")
+    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens, as GPT-3")
+    max_lr: float = option(6e-4, "learning rate after the warm-up, as GPT-3's of this size")
+    min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth")
+    weight_decay: float = option(0.1, "AdamW's, for the parameters that the model lets decay")
+    beta1: float = option(0.9, "AdamW's")
+    beta2: float = option(0.95, "AdamW's: a shorter memory than 0.999, for batches of this size")
+    adam_eps: float = option(1e-8, "AdamW's")
+    grad_clip: float = option(1.0, "largest norm of the whole gradient")
+    data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
+    train_shards: int = option(100, "training shards to use, the first ones: 10B tokens, the same for everybody")
+    val_tokens: int = option(10_485_760, "first tokens of the validation shard, as in llm.c and modded-nanogpt")
+    hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set, downloaded if it is not there")
+    recipe: str = option("paper", "optimizer settings: the paper's, if it has its own, or shared", ("paper", "shared"))
+    run_name: str = option("", "the run's folder is log/NAME (default: the architecture's name)")
+    eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
+    log_every: int = option(1, "steps between lines on the screen; log.jsonl has them all")
+    prompt: str = option("Hello, I'm a language model,", "what samples continue")
+    sample_tokens: int = option(32, "tokens that a sample adds")
+    micro_batch: int = option(0, "rows of block_size tokens at a time on a device; 0: the most that fit")
+    device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = option("auto", "number format; float16 has a loss scaler", ("auto", "bfloat16", "float16", "float32"))
+    compile: str = option("auto", "torch.compile; auto: on CUDA, except under Windows", ("auto", "on", "off"))
+
+
+# --tiny: other defaults for the run, so that a small model learns English spelling in two minutes on a laptop
+TINY_RUN = dict(data_dir="data/sample", vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000,
+                warmup_steps=50, max_lr=2e-3, min_lr=2e-4, val_tokens=65_536, eval_every=250, log_every=25,
+                prompt="Returns the ", sample_tokens=96)  # fmt: skip
+# dense 16-bit FLOP/s by the makers' data sheets: of known GPUs the model-FLOPs utilisation is printed
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
+
+# ---- this architecture's --tiny, and its recipe where its paper prescribes another than the common one
+TINY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, n_inner=352)
+RECIPE = {}  # theirs, lr 1.5e-4 to 0 linearly and weight decay 0.05 on everything, is for models of 300M and more
+
+# ==========================================================================================================
+# Model: this architecture's. B batch, T tokens, C channels, H heads, D channels of a head; of a map, R rows
+# (queries) and U columns (keys); Q queries and K keys that a kernel reaches over. Sections are the MTA paper's.
+
+ROWS = 256  # queries whose maps are made at a time: fewer skip more future keys, more make for fewer operations
+TILE = 16  # keys that are convolved at a time
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich, 2019, eq. 4) over the last dimension: (..., size) -> (..., size)."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x):
+        y = x.to(torch.promote_types(x.dtype, torch.float32))  # squares need the range of fp32
+        return F.rms_norm(y, self.weight.shape, eps=1e-5).to(x.dtype) * self.weight
+
+
+def rope_table(theta, block_size, size):
+    """Cosines and sines of the angles t theta^(-2i / D) (Su et al., 2021, section 3.2.2): (2, T, D / 2), D being size."""
+    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.arange(block_size)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin())).float()  # (2, T, D / 2)
+
+
+def rotate(x, rope):
+    """x, (B, H, T, D), with its pairs of neighbouring channels turned by rope's angles (Su et al., 2021, eq. 34)."""
+    cos, sin = rope.unbind()
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)  # fp32 under autocast
+
+
+def convolve(maps, kernel, top):
+    """Correlates maps (B, H, R, U), below top rows of zeros, with kernels (H, Q, K): (B, H, top + R - Q + 1, U).
+
+    As in section 3.1, out[i, j] is the sum over a and c of kernel[a, c] maps[i + a, j + c - K // 2], 0 outside of U.
+    PyTorch's depthwise convolution does just that, slowly, above all the kernel's gradient. So here the keys are
+    cut into tiles, which become channels: each kernel is then a band in matrices from two tiles to one. That is
+    three times the arithmetic, but as matrix products, and takes a third of the time on a CPU.
+    """
+    B, H, R, U = maps.shape
+    _, Q, K = kernel.shape
+    tiles = math.ceil(U / TILE)
+    x = F.pad(maps, (K // 2, (tiles + 1) * TILE - U - K // 2, top, 0)).unflatten(3, (tiles + 1, TILE))
+    x = x.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)  # (B, H TILE, top + R, tiles + 1), channels last
+    band = F.pad(kernel, (TILE - 1, 2 * TILE - K)).unfold(2, 2 * TILE, 1).flip(2)  # (H, Q, TILE out, 2 TILE in)
+    band = band.unflatten(3, (2, TILE)).permute(0, 2, 4, 1, 3).flatten(0, 1)  # (H TILE, TILE, Q, 2)
+    y = F.conv2d(x, band, groups=H).unflatten(1, (H, TILE))
+    return y.permute(0, 1, 3, 4, 2).flatten(3)[..., :U]
+
+
+def mix(maps, weight):
+    """Each output head's map as a sum of all heads' (section 3.2): maps (B, H, R, U), weight (H out, H in)."""
+    B, H, R, U = maps.shape
+    return (weight.expand(B, H, H) @ maps.flatten(2)).view(B, H, R, U)
+
+
+class Attention(nn.Module):
+    """Causal multi-token attention (section 3): (B, T, C) -> (B, T, C).
+
+    The steps, and the places of the masks, are those of the released code. The maps must exist, all heads' together:
+    no flash kernel helps. So they are made for some rows of queries at a time, and only up to the keys that these
+    see, and instead of being kept for backward they are made again.
+    """
+
+    recompute = True
+
+    def __init__(self, config, convolved):
+        super().__init__()
+        H, Q, K, size = config.n_head, config.conv_queries, config.conv_keys, config.n_embd // config.n_head
+        self.n_head = H
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.conv_before = nn.Parameter(torch.empty(H, Q, K)) if convolved else None
+        self.mix_before = nn.Parameter(torch.empty(H, H))  # (out, in)
+        self.conv_after = nn.Parameter(torch.empty(H, Q, K)) if convolved else None
+        self.mix_after = nn.Parameter(torch.empty(H, H))  # (in, out), as in the released code
+        self.norm = Norm(size)  # its weights are shared by all heads
+        self.gate = nn.Linear(size, 1)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def attend(self, q, k, v, start):
+        """Outputs of ROWS queries from start on, (B, H, R, D), of q, k and v (B, H, T, D)."""
+        convolved = self.conv_before is not None
+        reach = self.conv_before.shape[1] - 1 if convolved else 0  # a convolution needs so many queries before
+        top = 0 if start else reach  # where there are none: zeros
+        first, stop = max(0, start - 2 * reach), min(start + ROWS, q.shape[2])
+        maps = q[:, :, first:stop] @ k[:, :, :stop].transpose(2, 3)  # (B, H, R, U)
+        if convolved:
+            maps = convolve(maps.tril(first), self.conv_before, top)
+            first = max(0, start - reach)
+        maps = mix(maps, self.mix_before)
+        future = torch.ones(maps.shape[2:], dtype=torch.bool, device=q.device).triu(first + 1)
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).masked_fill(future, -math.inf)
+        maps = maps.softmax(-1).to(q.dtype)
+        if convolved:
+            maps = convolve(maps, self.conv_after, top).tril(start)
+        return mix(maps, self.mix_after.T) @ v[:, :, :stop]  # (B, H, R, D)
+
+    def forward(self, x, rope):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        q, k = rotate(q, rope) * (C // self.n_head) ** -0.5, rotate(k, rope)
+        y = []
+        for start in range(0, T, ROWS):
+            if self.recompute and torch.is_grad_enabled():
+                again = dict(use_reentrant=False, preserve_rng_state=False)
+                y.append(torch.utils.checkpoint.checkpoint(self.attend, q, k, v, start, **again))
+            else:
+                y.append(self.attend(q, k, v, start))
+        y = self.norm(torch.cat(y, dim=2).transpose(1, 2))  # (B, T, H, D)
+        y = y * torch.sigmoid(self.gate(y))
+        return self.proj(y.reshape(B, T, C))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020, eq. 6): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block (Touvron et al., 2023, section 2.2): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config, convolved):
+        super().__init__()
+        self.norm1 = Norm(config.n_embd)
+        self.attention = Attention(config, convolved)
+        self.norm2 = Norm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope):
+        x = x + self.attention(self.norm1(x), rope)
+        return x + self.mlp(self.norm2(x))
+
+
+class Model(nn.Module):
+    """The language model. What the loop asks of it: forward, decode, after_step, flops_per_token, optimizer_groups."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % (2 * config.n_head):
+            fail(f"--n_embd {config.n_embd} is not a multiple of 2 x --n_head {config.n_head}: RoPE turns pairs of channels")
+        if config.conv_keys % 2 == 0 or config.conv_keys > TILE + 1:
+            fail(f"--conv_keys {config.conv_keys}: must be odd, as one of them is the middle, and at most {TILE + 1}")
+        if config.conv_queries > ROWS // 2:
+            fail(f"--conv_queries {config.conv_queries}: must be at most {ROWS // 2}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        convolved = [layer % config.conv_every == config.conv_every // 2 for layer in range(config.n_layer)]
+        self.blocks = nn.ModuleList([Block(config, here) for here in convolved])
+        self.norm = Norm(config.n_embd)
+        rope = rope_table(config.rope_theta, config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("rope", rope, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """As the released code: every map starts unchanged, matrices as N(0, 1 / inputs) cut off at 3 sigma.
+
+        There is no smaller scale by depth. The embedding has the same 1 / C, which suits the head that it also is:
+        logits of variance 1.
+        """
+        for name, parameter in self.named_parameters():
+            std = parameter.shape[-1] ** -0.5
+            if name.endswith("gate.bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            elif "mix" in name:
+                parameter.copy_(torch.eye(self.config.n_head))
+            elif "conv" in name:
+                parameter.zero_()[:, -1, self.config.conv_keys // 2] = 1.0
+            elif name.endswith(("wte.weight", "qkv.weight", "gate.weight", "up.weight", "proj.weight")):
+                if name.endswith("attention.gate.weight"):
+                    std = self.config.n_embd ** -0.5  # not of its own inputs, which are one head's
+                nn.init.trunc_normal_(parameter, 0.0, std, -3 * std, 3 * std)
+            else:
+                raise NotImplementedError(f"no initialisation for {name}")
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        """Next-token logits or losses of idx, (B, T) token ids.
+
+        Without targets: ((B, T, V) logits, None). With (B, T) targets: (None, loss), the cross-entropy in nats,
+        its mean, or with reduction="none" each token's, (B, T), and 0 where the target is negative. The mean's
+        gradient may hold auxiliary terms; its value never does.
+        """
+        x = self.wte(idx)  # (B, T, C)
+        rope = self.rope[:, : idx.shape[1]]
+        for block in self.blocks:
+            x = block(x, rope)
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, self.wte.weight), None  # (B, T, V)
+        return None, head_loss(x, self.wte.weight, targets, reduction)
+
+    def decode(self, idx, state=None):
+        """((B, V) logits of the token after idx, state for the next call): state is what a model keeps of the past."""
+        logits, _ = self(idx[:, -self.config.block_size :])
+        return logits[:, -1], None
+
+    def after_step(self):
+        """Called once after each optimizer step, on every rank; returns figures to log, {name: number}."""
+        return {}
+
+    def flops_per_token(self):
+        """Floating-point operations of a forward pass per token, at full context: matrix products and attention."""
+        config = self.config
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)) + self.wte.weight.numel()
+        maps = [p for name, p in self.named_parameters() if "mix" in name or "conv" in name]
+        attention = config.n_layer * 2 * config.n_embd + sum(p.numel() for p in maps)  # a key's multiplications
+        return 2 * matrices + 2 * attention * config.block_size / 2  # half of each map is masked
+
+    # ------------------------------------------------------------------------------------------------------
+    # Optimizer groups
+
+    def optimizer_groups(self):
+        """[{params, weight_decay, lr_scale}]: matrices, kernels and the embedding decay, norms and the bias don't."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.config.weight_decay, "lr_scale": 1.0},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
+        ]
+
+
+# ==========================================================================================================
+# Loss: the same in every script
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of logits x @ weight.T, of which never more than a sixteenth exists at a time.
+
+    x (N, C), weight (V, C), targets (N,) -> scalar. The gradient of the logits, softmax minus one-hot, is
+    formed and used up while a chunk's logits are there, so that backward only scales what forward left.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_grad):
+        device, n = x.device.type, len(x)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, w, size, total = x.to(dtype), weight.to(dtype), max(256, -(-n // 16)), 0.0
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
+        for at in range(0, n, size):
+            chunk, target = x[at : at + size], targets[at : at + size, None]
+            logits = (chunk @ w.T).to(torch.promote_types(dtype, torch.float32))
+            lse = logits.logsumexp(-1, keepdim=True)
+            total = total + (lse - logits.gather(-1, target)).sum()
+            if with_grad:
+                dlogits = logits.sub_(lse).exp_().scatter_add_(-1, target, torch.full_like(lse, -1.0)).to(dtype)
+                dx[at : at + size] = dlogits @ w
+                if dtype == dw.dtype:
+                    dw.addmm_(dlogits.T, chunk)
+                else:
+                    dw += dlogits.T @ chunk
+        ctx.save_for_backward(dx, dw)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        scale = grad / len(dx)  # here, not in forward: fp16 would lose the small ones
+        return (dx * scale).to(dx.dtype), dw.mul_(scale), None, None
+
+
+def head_loss(x, weight, targets, reduction):
+    """Cross-entropy in nats of logits x @ weight.T; x (B, T, C), weight (V, C), targets (B, T).
+
+    "mean": a scalar. "none": (B, T), without gradient, computed only where the target is not negative, else 0.
+    """
+    x, flat = x.flatten(0, 1), targets.flatten()
+    if reduction == "mean":
+        return HeadLoss.apply(x, weight, flat, torch.is_grad_enabled())
+    losses = torch.zeros(flat.shape, device=x.device)
+    for rows in (flat >= 0).nonzero().flatten().split(2048):
+        losses[rows] = F.cross_entropy(F.linear(x[rows], weight).float(), flat[rows], reduction="none")
+    return losses.view(targets.shape)
+
+
+# ==========================================================================================================
+# Set-up: the same in every script
+
+
+def check_config(config, world):
+    """Raises SystemExit with a line that says which values can't be, or can't go together."""
+    may_be_zero = ("seed", "warmup_steps", "min_lr", "weight_decay", "beta1", "beta2", "sample_tokens", "micro_batch")
+    for name, value in dataclasses.asdict(config).items():
+        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            fail(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'more than'} 0")
+    if config.batch_tokens % (world * max(1, config.micro_batch) * config.block_size):
+        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x micro-batches of "
+             f"{max(1, config.micro_batch)} row(s) x --block_size {config.block_size}: choose numbers that divide it")
+
+
+def start(config, world):
+    """Joins the other processes, if any; returns (device, its name, dtype, why that dtype)."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in available if available[k]) if config.device == "auto" else config.device
+    if not available[kind]:
+        fail(f"--device {kind}: torch {torch.__version__} finds none here; leave it out to use what there is")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+    if config.dtype != "auto":
+        dtype, why = config.dtype, "as asked for"
+    elif kind != "cuda":
+        dtype, why = "float32", f"the safe choice on {kind}"
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype, why = "bfloat16", "the GPU has it"
+    else:
+        dtype, why = "float16", "the GPU has no bfloat16; with a loss scaler"
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, torch.cuda.get_device_name(device) if kind == "cuda" else kind, getattr(torch, dtype), why
+
+
+def over_ranks(values, device, op=dist.ReduceOp.SUM):
+    """A list of numbers summed over the processes, or reduced by another op."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op)
+    return values.tolist()
+
+
+def find_micro_batch(config, rows, device, autocast):
+    """The largest divisor of rows that trains within the memory, the same on every process."""
+    most = 4096 if device.type == "cpu" else 65_536  # tokens; no device gets faster from more
+    for n in [n for n in range(rows, 0, -1) if rows % n == 0 and (n == 1 or n * config.block_size <= most)]:
+        if config.micro_batch or device.type == "cpu":  # a CPU out of memory can't be caught
+            return config.micro_batch or n
+        try:
+            trial, fits = Model(config).to(device), True  # it and its gradients take as much as AdamW will
+            with autocast:
+                _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
+            loss.backward()
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            fits = False
+        trial = loss = None  # before the next trial
+        if over_ranks([float(fits)], device, dist.ReduceOp.MIN)[0]:
+            return n
+    fail(f"not even one row of {config.block_size} tokens fits the memory: use a smaller --block_size or model")
+
+
+def load_checkpoint(folder):
+    """The newest checkpoint that can be read, or None; says which can't."""
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken file raises anything
+            say(f"{path} is damaged ({type(error).__name__}): using the one before it")
+
+
+def resumed_config(checkpoint, given):
+    """The checkpoint's Config with the options given now. Raises SystemExit for one that can't change any more."""
+    old, names = checkpoint["config"], [field.name for field in dataclasses.fields(Config)]
+    if checkpoint["script"] != Path(__file__).stem or sorted(old) != sorted(names):
+        fail(f"the checkpoint is of {checkpoint['script']}.py, or of another version of it: use that one")
+    for name in names[: names.index("seed") + 1]:
+        if given.get(name, old[name]) != old[name]:
+            fail(f"--{name} {given[name]}: the checkpoint has {old[name]}; leave it out, or start another run")
+    return Config(**{**old, **given})
+
+
+# ==========================================================================================================
+# Training: the same in every script
+
+
+def get_lr(config, step):
+    """Linear warm-up to max_lr, then a cosine to min_lr at max_steps (Brown et al., 2020, appendix B)."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
+    return config.min_lr + 0.5 * (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def validate(model, windows, micro_batch, rank, world, device, autocast):
+    """Mean next-token loss over the windows, in nats, the same on every process."""
+    mine, total = range(rank, len(windows), world), 0.0
+    for at in range(0, len(mine), micro_batch):
+        rows = torch.from_numpy(windows.rows(mine[at : at + micro_batch])).to(device)
+        with autocast:
+            total += model(rows[:, :-1], rows[:, 1:])[1].item() * len(rows)
+    return over_ranks([total], device)[0] / len(windows)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompt, n_samples, n_tokens, seed, device, autocast):
+    """n_samples texts that continue the prompt by n_tokens tokens, each drawn from the 50 likeliest."""
+    idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]] * n_samples, device=device)
+    generator, state = torch.Generator(device).manual_seed(seed), None
+    for _ in range(n_tokens):
+        with autocast:
+            logits, state = model.decode(idx, state)
+        top = logits[:, : tokenizer.n_vocab].float().topk(50)  # the ids beyond n_vocab are padding
+        choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+        idx = torch.cat((idx, top.indices.gather(-1, choice)), dim=1)
+    return [tokenizer.decode(row) for row in idx.tolist()]
+
+
+def main():
+    # ---- what to do, and with what
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small model, small offline data: other defaults for all")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    parser.add_argument("--eval", action="store_true", help="score the run's newest checkpoint")
+    parser.add_argument("--sample", metavar="PROMPT", help="continue a text with the run's newest checkpoint")
+    given, todo = fineweb.parse_options(parser, Config)
+    recipe = RECIPE if given.get("recipe", "paper") == "paper" else {}
+    config = Config(**{**recipe, **(TINY_MODEL | TINY_RUN if todo.tiny else {}), **given})
+    script = Path(__file__).stem
+    folder = Path("log") / (config.run_name or script.removeprefix("train_") + ("-tiny" if todo.tiny else ""))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun starts a crashed run anew
+    wanted = todo.resume or todo.eval or todo.sample is not None
+    checkpoint = load_checkpoint(folder) if wanted or restarted else None
+    if checkpoint:
+        config = resumed_config(checkpoint, given)
+    elif wanted:
+        fail(f"{folder} holds no checkpoint: train it first, or name another run by --run_name")
+    elif folder.exists() and not restarted:
+        fail(f"{folder} already holds a run: go on with it by --resume, or choose another by --run_name")
+    check_config(config, world)
+    first_step = checkpoint["step"] if checkpoint else 0
+    last_step = first_step if todo.eval else config.max_steps
+    if todo.resume and first_step >= last_step:
+        fail(f"{folder} is finished at step {first_step}: score it by --eval, or train on with a larger --max_steps")
+    device, device_name, dtype, why = start(config, world)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    # ---- the model, made on the CPU: the same weights on every device and process
+    torch.manual_seed(config.seed)
+    model = Model(config)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    model.to(device)
+    sampling = (config.sample_tokens, config.seed, device, autocast)
+    if todo.sample is not None:
+        tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
+        return say("\n".join(generate(model.eval(), tokenizer, todo.sample, 4, *sampling)))
+    batch_rows = config.batch_tokens // config.block_size
+    micro_batch = find_micro_batch(config, batch_rows // world, device, autocast)
+    micro_steps = batch_rows // world // micro_batch
+    groups = model.optimizer_groups()
+    if sorted(id(p) for group in groups for p in group["params"]) != sorted(map(id, model.parameters())):
+        raise AssertionError("optimizer_groups() must hold each parameter once")
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})  # settings as of now
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was off
+        torch.set_rng_state(checkpoint["rng"])
+    compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
+    compiled = torch.compile(model, dynamic=False) if compiles else model
+    ddp = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+    net = nn.parallel.DistributedDataParallel(compiled, **ddp) if world > 1 else compiled
+
+    # ---- the data
+    if todo.tiny and config.data_dir == TINY_RUN["data_dir"] and rank == 0:
+        fineweb.write_sample(config.data_dir)
+    over_ranks([0], device)  # the others wait for it
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, checkpoint and checkpoint["data"])
+    train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
+    val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
+    loader = fineweb.Loader(train, batch_rows, config.seed, rank, world, device, config.vocab_size, config.max_steps)
+    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if rank == 0 else None
+    scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size, device, rank, world)
+    checkpoint = None
+
+    # ---- the run's folder
+    git = subprocess.run("git describe --always --dirty --exclude=*", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()  # fmt: skip
+    facts = {"script": script, "git": git or "unknown", "torch": torch.__version__, "device": device_name,
+             "processes": world, "dtype": f"{dtype} ({why})", "micro_batch": micro_batch, "micro_steps": micro_steps,
+             "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(),
+             "data": data, "config": dataclasses.asdict(config)}  # fmt: skip
+    if rank == 0:
+        log_file = fineweb.open_log(folder / "log.jsonl", math.inf if todo.eval else first_step)
+        (folder / f"{script}.py").write_text(Path(__file__).read_text())
+
+    def log(event, **fields):
+        if rank == 0:
+            log_file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    log("run", first_step=first_step, time=time.time(), **facts)
+    say("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    stop, stopping = [], False  # a first signal asks for an end after the step, a second one kills
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+    for step in range(first_step, last_step + 1):
+        # ---- evaluate, save, sample
+        due = not stopping and (step % config.eval_every == 0 or step == last_step)
+        if due:
+            model.eval()
+            loss = validate(compiled, val, micro_batch, rank, world, device, autocast)
+            log("val", step=step, loss=loss)
+            say(f"step {step:05d} | validation loss {loss:.4f}")
+            for convention in (scorer.batches if step == last_step else ["nanogpt"]) if scorer else []:
+                with autocast:  # by the raw model: compile would start over for each of the scorer's shapes
+                    result = scorer.score(lambda x, y: model(x, y, "none")[1], convention, step, folder)
+                log("score", step=step, **result)
+                say(f"step {step:05d} | {hellaswag.one_line(result)}")
+        if (due or stopping) and step > first_step and rank == 0:
+            checkpoint = {"format": 1, "script": script, "step": step, "config": facts["config"], "data": data,
+                          "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
+                          "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}  # fmt: skip
+            fineweb.write_atomic(folder / f"step_{step:06d}.pt", lambda f: torch.save(checkpoint, f))
+            for old in sorted(folder.glob("step_*.pt"))[:-2]:
+                old.unlink()
+            say(f"step {step:05d} | saved {folder}/step_{step:06d}.pt")
+        for text in generate(model, tokenizer, config.prompt, 2, *sampling) if due and tokenizer else []:
+            log("sample", step=step, text=text)
+            say(f"step {step:05d} > {text!r}")
+        if stopping or step == last_step:
+            say(f"{folder} is at step {step} of {config.max_steps}. Next: python {script}.py --run_name {folder.name} "
+                + ("--resume" if step < config.max_steps else f"--sample {json.dumps(config.prompt)}"))  # fmt: skip
+            break
+
+        # ---- step
+        model.train()
+        began, loss = time.perf_counter(), torch.zeros((), device=device)
+        for micro_step, part in enumerate(loader.batch(step).split(micro_batch)):  # (micro_batch, T + 1)
+            if world > 1:  # gradients are averaged over the processes once a step, in the last backward
+                net.require_backward_grad_sync = micro_step == micro_steps - 1
+            with autocast:
+                _, micro_loss = net(part[:, :-1], part[:, 1:])
+            scaler.scale(micro_loss / micro_steps).backward()
+            loss += micro_loss.detach() / micro_steps
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        lr = get_lr(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        scaler.step(optimizer)  # a scaler skips an infinite gradient, on all processes alike: it is their mean
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        figures = model.after_step()
+        loss, stopping = over_ranks([loss.item() / world, len(stop)], device)
+        norm, seconds = norm.item(), time.perf_counter() - began
+        if not math.isfinite(loss) or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
+            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; last good checkpoint: "
+                 f"{max(folder.glob('step_*.pt'), default='none yet')}")
+
+        # ---- say so
+        speed = config.batch_tokens / seconds
+        pace = seconds if step <= first_step + 1 else 0.9 * pace + 0.1 * seconds  # the first step compiles
+        log("train", step=step, loss=loss, lr=lr, norm=norm if math.isfinite(norm) else None, ms=1000 * seconds, **figures)
+        line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms"
+        line += f" | {speed:,.0f} tok/s | eta {pace * (config.max_steps - step - 1) / 60:.0f} min"
+        line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else ""
+        line += f" | MFU {3 * facts['flops_per_token'] * speed / (peak * world):.1%}" if peak else ""
+        if step % config.log_every == 0:
+            say(line)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

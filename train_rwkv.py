@@ -1,0 +1,752 @@
+"""
+RWKV-7 "Goose" (Peng et al., 2025, "RWKV-7 'Goose' with Expressive Dynamic State Evolution") at 124M parameters.
+
+A recurrent network: instead of attending to all earlier tokens, each head keeps a D x D matrix, its state, which
+every token decays, corrects by a generalised delta rule and adds to. Memory and time per generated token are the
+same at any length, and block_size is only the length trained on. Training runs the same recurrence in chunks of
+matrix products. There are no positions; a token is mixed with the one before it in front of each projection.
+The MLP squares a ReLU and is 3.67C wide instead of 4C, the price of the budget; head and embedding are tied,
+which the authors' models don't do. 124,286,208 parameters with the vocabulary padded to 50,304.
+
+    python train_rwkv.py --tiny                               # two minutes on a laptop, no GPU, no network
+    python train_rwkv.py                                      # one GPU; the micro-batch is the largest that fits
+    torchrun --standalone --nproc_per_node=8 train_rwkv.py    # one node of eight: the same run, faster
+    python train_rwkv.py --resume                             # go on from the newest checkpoint
+    python train_rwkv.py --eval                               # score it; --sample "A prompt" continues a text
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import fineweb
+import hellaswag
+from fineweb import fail, option, say
+
+# ==========================================================================================================
+# Config
+
+
+@dataclasses.dataclass
+class Config:
+    # ---- this architecture's fields
+    n_layer: int = option(12, "blocks")
+    n_head: int = option(12, "heads of the time mixing, of n_embd / n_head = 64 channels")
+    n_embd: int = option(768, "channels of the residual stream")
+    n_ffn: int = option(2816, "channels inside the MLP: 3.67 n_embd, what the parameter budget leaves")
+    rank_w: int = option(64, "rank of the low-rank matrices of the decay, by the authors' rule for 768 channels")
+    rank_a: int = option(64, "rank of the in-context learning rate's")
+    rank_v: int = option(32, "rank of the value residual's")
+    rank_g: int = option(128, "rank of the gate's")
+    # ---- the run: the same in every script (fields up to seed can't change on --resume)
+    vocab_size: int = option(50_304, "rows of the embedding: GPT-2's 50,257 tokens, padded to a multiple of 128")
+    block_size: int = option(1024, "tokens of context")
+    batch_tokens: int = option(2**19, "tokens an optimizer step on all GPUs together: 524,288")
+    seed: int = option(1337, "of the initial weights, the order of the data and the samples")
+    max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19, one epoch")
+    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens, as GPT-3")
+    max_lr: float = option(6e-4, "learning rate after the warm-up, as GPT-3's of this size")
+    min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth")
+    weight_decay: float = option(0.1, "AdamW's, for the parameters that the model lets decay")
+    beta1: float = option(0.9, "AdamW's")
+    beta2: float = option(0.95, "AdamW's: a shorter memory than 0.999, for batches of this size")
+    adam_eps: float = option(1e-8, "AdamW's")
+    grad_clip: float = option(1.0, "largest norm of the whole gradient")
+    data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
+    train_shards: int = option(100, "training shards to use, the first ones: 10B tokens, the same for everybody")
+    val_tokens: int = option(10_485_760, "first tokens of the validation shard, as in llm.c and modded-nanogpt")
+    hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set, downloaded if it is not there")
+    recipe: str = option("paper", "optimizer settings: the paper's, if it has its own, or shared", ("paper", "shared"))
+    run_name: str = option("", "the run's folder is log/NAME (default: the architecture's name)")
+    eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
+    log_every: int = option(1, "steps between lines on the screen; log.jsonl has them all")
+    prompt: str = option("Hello, I'm a language model,", "what samples continue")
+    sample_tokens: int = option(32, "tokens that a sample adds")
+    micro_batch: int = option(0, "rows of block_size tokens at a time on a device; 0: the most that fit")
+    device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = option("auto", "number format; float16 has a loss scaler", ("auto", "bfloat16", "float16", "float32"))
+    compile: str = option("auto", "torch.compile; auto: on CUDA, except under Windows", ("auto", "on", "off"))
+
+
+# --tiny: other defaults for the run, so that a small model learns English spelling in two minutes on a laptop
+TINY_RUN = dict(data_dir="data/sample", vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000,
+                warmup_steps=50, max_lr=2e-3, min_lr=2e-4, val_tokens=65_536, eval_every=250, log_every=25,
+                prompt="Returns the ", sample_tokens=96)  # fmt: skip
+# dense 16-bit FLOP/s by the makers' data sheets: of known GPUs the model-FLOPs utilisation is printed
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
+
+# ---- this architecture's --tiny, and its recipe where its paper prescribes another than the common one
+TINY_MODEL = dict(n_layer=3, n_head=2, n_embd=128, n_ffn=640, rank_w=32, rank_a=32, rank_v=32, rank_g=64)
+# RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh: the authors' run of 12 layers of 768 channels, which
+# steps by 983,040 tokens, in rows of 4096. The third group of parameters is in Model.optimizer_groups.
+RECIPE = dict(max_lr=8e-4, min_lr=3e-5, warmup_steps=10, beta2=0.99, adam_eps=1e-18, weight_decay=0.1)
+
+# ==========================================================================================================
+# Model: this architecture's. B batch, T tokens, C channels, H heads, D channels of a head, N chunks of L tokens.
+
+CHUNK = 32  # tokens; on a CPU 16 and 64 take a sixth to a third longer, and the longer ones round off more
+
+
+class Norm(nn.Module):
+    """LayerNorm with bias (Ba et al., 2016, eq. 4): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        self.bias = nn.Parameter(torch.empty(config.n_embd))
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+
+
+class Solve(torch.autograd.Function):
+    """x of (I - a) x = y: a (..., L, L) strictly lower triangular, y (..., L, M) -> (..., L, M).
+
+    The inverse grows from blocks of 2 to blocks of L, two neighbours P, R with Q below P becoming
+    [[P, 0], [R Q P, R]]. The product (I + a)(I + a^2)(I + a^4)..., shorter, would overflow on repeated tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, a, y):
+        i, size = torch.arange(a.shape[-1], device=a.device), 2
+        inverse = torch.eye(len(i), dtype=a.dtype, device=a.device) + a * (i[:, None] // 2 == i // 2)
+        while size < len(i):
+            below = (i[:, None] // (2 * size) == i // (2 * size)) & (i[:, None] // size > i // size)
+            inverse = inverse + inverse @ (a * below) @ inverse
+            size *= 2
+        x = inverse @ y
+        ctx.save_for_backward(inverse, x)
+        return x
+
+    @staticmethod
+    def backward(ctx, dx):
+        inverse, x = ctx.saved_tensors
+        dy = inverse.mT @ dx
+        return dy @ x.mT, dy
+
+
+def recurrence(r, log_w, k, v, a, b, state):
+    """S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T and y_t = S_t^T r_t (Peng et al., 2025, section 4.1).
+
+    All (B, T, H, D), with S_0 = state (B, H, D, D), the paper's matrix transposed: keys are rows, values columns.
+    Returns (y, S_T). In a chunk, u_t = a_t^T S_{t-1} obeys a triangular system, since S_{t-1} is S_0 decayed plus
+    the chunk's own b_s u_s and k_s v_s, decayed; so u = u_0 + W S_0, and S_0 -> S_L and y are linear in S_0 too.
+    Only that map is applied chunk after chunk, one matrix product each; all else is done for all chunks at once.
+    """
+    B, T, H, D = r.shape
+    L = min(CHUNK, T)
+    N = -(-T // L)
+
+    def chunks(x):  # zeros to the right change no state: no decay, no key
+        x = F.pad(x, (0, 0, 0, 0, 0, N * L - T)).view(B, N, L, H, D)
+        return x.permute(1, 0, 3, 2, 4).reshape(N, B * H, L, D)
+
+    r, log_w, k, v, a, b = chunks(r), chunks(log_w), chunks(k), chunks(v), chunks(a), chunks(b)  # (N, B*H, L, D)
+    decay = log_w.cumsum(-2)  # from the chunk's start to after each token
+    middle, end = decay[:, :, L // 2, None].detach(), decay[:, :, -1:]  # any middle cancels; this one keeps exp small
+    reads = torch.cat((r * (decay - middle).exp(), a * (decay - log_w - middle).exp()), -2)  # (N, B*H, 2L, D)
+    growth = (middle - decay).exp()
+    writes = torch.cat((k * growth, b * growth), -2)
+    upto = torch.ones(L, L, dtype=torch.bool, device=r.device).tril()  # r reads after its own token, a before
+    maps = reads @ writes.mT * torch.cat((upto, upto.tril(-1))).repeat(1, 2)  # (N, B*H, 2L, 2L)
+    (r_k, r_b), (a_k, a_b) = (rows.split(L, -1) for rows in maps.split(L, -2))
+    r, a = (reads * middle.exp()).split(L, -2)  # read the state before the chunk
+    k, b = (writes * (end - middle).exp()).split(L, -2)  # are what is left at the end
+    u = Solve.apply(a_b, torch.cat((a_k @ v, a), -1))  # (N, B*H, L, 2D): u_0 and W
+    y, read = (torch.cat((r_k @ v, r), -1) + r_b @ u).split(D, -1)
+    write, keep = (b.mT @ u).split(D, -1)  # (N, B*H, D, D)
+    write, keep = write + k.mT @ v, keep + torch.diag_embed(end.squeeze(-2).exp())
+    state, states = state.reshape(B * H, D, D), []
+    for keep_n, write_n in zip(keep.unbind(), write.unbind()):  # indexing would make backward quadratic in N
+        states.append(state)
+        state = torch.baddbmm(write_n, keep_n, state)
+    y = (y + read @ torch.stack(states)).view(N, B, H, L, D).permute(1, 0, 3, 2, 4).reshape(B, N * L, H, D)
+    return y[:, :T], state.view(B, H, D, D)
+
+
+class Attention(nn.Module):
+    """Time mixing, in attention's place (Peng et al., 2025, section 4.1): (B, T, C) -> (B, T, C).
+
+    Names are the authors' (RWKV_Tmix_x070 in RWKV-LM): r receptance, w decay, k key, v value, a in-context
+    learning rate, g gate; x0 the bias, x1 and x2 the low-rank matrices of x.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        C, H = config.n_embd, config.n_head
+        self.mix = nn.Parameter(torch.empty(6, C))  # of r, w, k, v, a, g
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.w0 = nn.Parameter(torch.empty(C))
+        self.w1 = nn.Parameter(torch.empty(C, config.rank_w))
+        self.w2 = nn.Parameter(torch.empty(config.rank_w, C))
+        self.a0 = nn.Parameter(torch.empty(C))
+        self.a1 = nn.Parameter(torch.empty(C, config.rank_a))
+        self.a2 = nn.Parameter(torch.empty(config.rank_a, C))
+        if layer > 0:  # the first layer's values are what the others mix in
+            self.v0 = nn.Parameter(torch.empty(C))
+            self.v1 = nn.Parameter(torch.empty(C, config.rank_v))
+            self.v2 = nn.Parameter(torch.empty(config.rank_v, C))
+        self.g1 = nn.Parameter(torch.empty(C, config.rank_g))
+        self.g2 = nn.Parameter(torch.empty(config.rank_g, C))
+        self.k_k = nn.Parameter(torch.empty(C))
+        self.k_a = nn.Parameter(torch.empty(C))
+        self.r_k = nn.Parameter(torch.empty(H, C // H))
+        self.head_norm = nn.GroupNorm(H, C, eps=64e-5)
+
+    def forward(self, x, v_first, last, state):
+        """x, the first layer's values (None in it), the x before these, the matrix state -> y, values, state."""
+        shifted = torch.cat((last, x[:, :-1]), dim=1)
+        mixed = x + (shifted - x) * self.mix[:, None, None]  # (6, B, T, C)
+        xr, xw, xk, xv, xa, xg = mixed.unbind()
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        if v_first is None:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
+        w, a, g = torch.tanh(xw @ self.w1) @ self.w2, xa @ self.a1 @ self.a2, torch.sigmoid(xg @ self.g1) @ self.g2
+        y, state = torch.utils.checkpoint.checkpoint(self.mix_time, r, w, k, v, a, state, use_reentrant=False)
+        return self.output(y * g), v_first, state
+
+    def mix_time(self, r, w, k, v, a, state):
+        """The projections (B, T, C) and the state before them -> y (B, T, C) and the state after them.
+
+        In fp32 at least, under autocast too: exponentials of sums over a chunk, and the inverse, need it.
+        Backward does it again instead of keeping its many intermediate results.
+        """
+        B, T, C = r.shape
+        with torch.autocast(r.device.type, enabled=False):
+            dtype = torch.promote_types(r.dtype, torch.float32)
+            r, w, k, v, a, state = r.to(dtype), w.to(dtype), k.to(dtype), v.to(dtype), a.to(dtype), state.to(dtype)
+            log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + w)  # w is between 0.545 and 1
+            a = torch.sigmoid(self.a0 + a)
+            heads = (B, T, *self.r_k.shape)
+            kk = F.normalize((k * self.k_k).view(heads), dim=-1)  # (B, T, H, D): the key that is overwritten
+            k = (k * (1 + (a - 1) * self.k_a)).view(heads)  # and the one that is written
+            r, v = r.view(heads), v.view(heads)
+            y, state = recurrence(r, log_w.view(heads), k, v, -kk, kk * a.view(heads), state)
+            y = self.head_norm(y.reshape(B * T, C)).view(heads)
+            y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v  # the token itself, past the state
+            return y.view(B, T, C), state  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Channel mixing: two layers with ReLU squared (Peng et al., 2025, section 4.2): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mix = nn.Parameter(torch.empty(config.n_embd))
+        self.key = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.value = nn.Linear(config.n_ffn, config.n_embd, bias=False)
+
+    def forward(self, x, last):
+        shifted = torch.cat((last, x[:, :-1]), dim=1)
+        return self.value(F.relu(self.key(x + (shifted - x) * self.mix)).square())
+
+
+class Block(nn.Module):
+    """Pre-norm residual block (Peng et al., 2025, section 4): (B, T, C) -> (B, T, C).
+
+    state is what the block keeps of the past: the attention's last input (B, 1, C), its matrices (B, H, D, D)
+    and the MLP's last input (B, 1, C).
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm1 = Norm(config)
+        self.attention = Attention(config, layer)
+        self.norm2 = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, v_first, state):
+        last1, matrices, last2 = state
+        x1 = self.norm1(x)
+        y, v_first, matrices = self.attention(x1, v_first, last1, matrices)
+        x = x + y
+        x2 = self.norm2(x)
+        return x + self.mlp(x2, last2), v_first, (x1[:, -1:], matrices, x2[:, -1:])
+
+
+class Model(nn.Module):
+    """The language model. What the loop asks of it: forward, decode, after_step, flops_per_token, optimizer_groups."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.norm0 = Norm(config)
+        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.norm = Norm(config)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """The formulas of RWKV-LM (RWKV_Tmix_x070, RWKV_CMix_x070 and generate_init_weight, train_temp/src/model.py).
+
+        They make channels differ from the start, in memory span (w0) and in how much of the token before they see
+        (mix), and make every block an identity.
+        """
+        config = self.config
+        C, D, n = config.n_embd, config.n_embd // config.n_head, torch.arange(config.n_embd, dtype=torch.float64)
+        ramp = n / (C - 1)  # 0 to 1 over the channels
+        zigzag = (n % D) / (D - 1) * 2 - 1  # -1 to 1 over each head's
+        zigzag = zigzag * zigzag.abs()
+        for name, parameter in self.named_parameters():
+            layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+            first, last = 1 - layer / config.n_layer, layer / max(1, config.n_layer - 1)  # 1 to near 0, 0 to 1
+            if name.endswith("attention.mix"):
+                powers = first * torch.tensor([[0.2], [0.9], [0.7], [0.7], [0.9], [0.2]], dtype=torch.float64)
+                parameter.copy_(1 - (n / C) ** powers)
+            elif name.endswith("mlp.mix"):
+                parameter.copy_(1 - (n / C) ** first**4)
+            elif name.endswith("w0"):
+                parameter.copy_(6 * ramp ** (1 + last**0.3) - 5.5 + 2.5 * zigzag)
+            elif name.endswith("a0"):
+                parameter.copy_(0.4 * ramp - 0.39 + 0.3 * zigzag)
+            elif name.endswith("v0"):
+                parameter.copy_(0.93 - 0.4 * ramp)
+            elif name.endswith("k_k"):
+                parameter.copy_(0.76 - 0.1 * ramp)
+            elif name.endswith("k_a"):
+                parameter.fill_(1.02)
+            elif name.endswith("r_k"):
+                parameter.fill_(-0.04)
+            elif name.endswith(("w2", "a2", "v2", "g2")):
+                nn.init.orthogonal_(parameter, 0.1 * max(1, len(parameter) / C) ** 0.5)
+            elif name.endswith(("receptance.weight", "attention.value.weight", "mlp.key.weight")):
+                nn.init.orthogonal_(parameter)
+            elif name.endswith("attention.key.weight"):
+                nn.init.orthogonal_(parameter, 0.1)
+            elif name.endswith(("w1", "a1", "v1", "g1", "output.weight", "mlp.value.weight", "bias")):
+                parameter.zero_()
+            elif name.endswith("head_norm.weight"):
+                parameter.fill_(((1 + layer) / config.n_layer) ** 0.7)
+            elif name.endswith(("norm.weight", "norm0.weight", "norm1.weight", "norm2.weight")):
+                parameter.fill_(1.0)
+            elif name == "wte.weight":
+                parameter.uniform_(-1e-4, 1e-4)
+            else:
+                raise NotImplementedError(f"no initialisation for {name}")
+
+    def trunk(self, idx, state=None):
+        """idx (B, T), each block's state before it or None -> ((B, T, C) for the head, each block's state after)."""
+        x, v_first, after = self.norm0(self.wte(idx)), None, []  # (B, T, C)
+        if state is None:
+            row, H, D = torch.zeros_like(x[:, :1]), self.config.n_head, x.shape[-1] // self.config.n_head
+            state = [(row, row.new_zeros(len(x), H, D, D), row)] * len(self.blocks)
+        for block, before in zip(self.blocks, state):
+            x, v_first, new = block(x, v_first, before)
+            after.append(new)
+        return self.norm(x), after
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        """Next-token logits or losses of idx, (B, T) token ids.
+
+        Without targets: ((B, T, V) logits, None). With (B, T) targets: (None, loss), the cross-entropy in nats,
+        its mean, or with reduction="none" each token's, (B, T), and 0 where the target is negative. The mean's
+        gradient may hold auxiliary terms; its value never does.
+        """
+        x, _ = self.trunk(idx)
+        if targets is None:
+            return F.linear(x, self.wte.weight), None  # (B, T, V)
+        return None, head_loss(x, self.wte.weight, targets, reduction)
+
+    def decode(self, idx, state=None):
+        """((B, V) logits of the token after idx, state for the next call): state is what a model keeps of the past."""
+        x, state = self.trunk(idx if state is None else idx[:, -1:], state)
+        return F.linear(x[:, -1], self.wte.weight), state
+
+    def after_step(self):
+        """Called once after each optimizer step, on every rank; returns figures to log, {name: number}."""
+        return {}
+
+    def flops_per_token(self):
+        """Floating-point operations of a forward pass per token: matrix products, and the recurrence in chunks."""
+        config = self.config
+        C, D, L = config.n_embd, config.n_embd // config.n_head, CHUNK
+        ranks = config.n_layer * (config.rank_w + config.rank_a + config.rank_v + config.rank_g) - config.rank_v
+        matrices = config.n_layer * (4 * C**2 + 2 * C * config.n_ffn) + 2 * C * ranks + config.vocab_size * C
+        # products of L x L maps, half of them masked; the inverse; products with D x D states; the states' own
+        head = 10 * L * D / 2 + L**2 / 3 + 4 * D**2 + D**3 / L
+        return 2 * matrices + 2 * config.n_layer * config.n_head * head
+
+    # ------------------------------------------------------------------------------------------------------
+    # Optimizer groups
+
+    def optimizer_groups(self):
+        """[{params, weight_decay, lr_scale}]: matrices decay, but for the low-rank ones; the decay w0 learns faster.
+
+        As configure_optimizers in RWKV-LM: "the performance will be much worse" with more that decays.
+        """
+        decayed, fast, rest = [], [], []
+        for name, parameter in self.named_parameters():
+            if name.endswith("w0"):
+                fast.append(parameter)
+            elif name.endswith(".weight") and parameter.dim() >= 2:
+                decayed.append(parameter)
+            else:
+                rest.append(parameter)
+        return [
+            {"params": decayed, "weight_decay": self.config.weight_decay, "lr_scale": 1.0},
+            {"params": fast, "weight_decay": 0.0, "lr_scale": 2.0},
+            {"params": rest, "weight_decay": 0.0, "lr_scale": 1.0},
+        ]
+
+
+# ==========================================================================================================
+# Loss: this architecture's, with L2Wrap
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of logits x @ weight.T, of which never more than a sixteenth exists at a time.
+
+    x (N, C), weight (V, C), targets (N,) -> scalar. The gradient of the logits, softmax minus one-hot, is
+    formed and used up while a chunk's logits are there, so that backward only scales what forward left.
+    L2Wrap (of RWKV-LM's training code) adds to it 1e-4 times each row's largest logit, at that logit, so that
+    logits don't drift upwards. That is the gradient of 1e-4 / 2 times its square; the loss returned lacks it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_grad):
+        device, n = x.device.type, len(x)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, w, size, total = x.to(dtype), weight.to(dtype), max(256, -(-n // 16)), 0.0
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
+        for at in range(0, n, size):
+            chunk, target = x[at : at + size], targets[at : at + size, None]
+            logits = (chunk @ w.T).to(torch.promote_types(dtype, torch.float32))
+            lse = logits.logsumexp(-1, keepdim=True)
+            total = total + (lse - logits.gather(-1, target)).sum()
+            if with_grad:
+                top, best = logits.max(-1, keepdim=True)
+                dlogits = logits.sub_(lse).exp_().scatter_add_(-1, target, torch.full_like(lse, -1.0))
+                dlogits = dlogits.scatter_add_(-1, best, 1e-4 * top).to(dtype)
+                dx[at : at + size] = dlogits @ w
+                if dtype == dw.dtype:
+                    dw.addmm_(dlogits.T, chunk)
+                else:
+                    dw += dlogits.T @ chunk
+        ctx.save_for_backward(dx, dw)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        scale = grad / len(dx)  # here, not in forward: fp16 would lose the small ones
+        return (dx * scale).to(dx.dtype), dw.mul_(scale), None, None
+
+
+def head_loss(x, weight, targets, reduction):
+    """Cross-entropy in nats of logits x @ weight.T; x (B, T, C), weight (V, C), targets (B, T).
+
+    "mean": a scalar. "none": (B, T), without gradient, computed only where the target is not negative, else 0.
+    """
+    x, flat = x.flatten(0, 1), targets.flatten()
+    if reduction == "mean":
+        return HeadLoss.apply(x, weight, flat, torch.is_grad_enabled())
+    losses = torch.zeros(flat.shape, device=x.device)
+    for rows in (flat >= 0).nonzero().flatten().split(2048):
+        losses[rows] = F.cross_entropy(F.linear(x[rows], weight).float(), flat[rows], reduction="none")
+    return losses.view(targets.shape)
+
+
+# ==========================================================================================================
+# Set-up: the same in every script
+
+
+def check_config(config, world):
+    """Raises SystemExit with a line that says which values can't be, or can't go together."""
+    may_be_zero = ("seed", "warmup_steps", "min_lr", "weight_decay", "beta1", "beta2", "sample_tokens", "micro_batch")
+    for name, value in dataclasses.asdict(config).items():
+        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+            fail(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'more than'} 0")
+    if config.batch_tokens % (world * max(1, config.micro_batch) * config.block_size):
+        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x micro-batches of "
+             f"{max(1, config.micro_batch)} row(s) x --block_size {config.block_size}: choose numbers that divide it")
+
+
+def start(config, world):
+    """Joins the other processes, if any; returns (device, its name, dtype, why that dtype)."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in available if available[k]) if config.device == "auto" else config.device
+    if not available[kind]:
+        fail(f"--device {kind}: torch {torch.__version__} finds none here; leave it out to use what there is")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+    if config.dtype != "auto":
+        dtype, why = config.dtype, "as asked for"
+    elif kind != "cuda":
+        dtype, why = "float32", f"the safe choice on {kind}"
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype, why = "bfloat16", "the GPU has it"
+    else:
+        dtype, why = "float16", "the GPU has no bfloat16; with a loss scaler"
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, torch.cuda.get_device_name(device) if kind == "cuda" else kind, getattr(torch, dtype), why
+
+
+def over_ranks(values, device, op=dist.ReduceOp.SUM):
+    """A list of numbers summed over the processes, or reduced by another op."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op)
+    return values.tolist()
+
+
+def find_micro_batch(config, rows, device, autocast):
+    """The largest divisor of rows that trains within the memory, the same on every process."""
+    most = 4096 if device.type == "cpu" else 65_536  # tokens; no device gets faster from more
+    for n in [n for n in range(rows, 0, -1) if rows % n == 0 and (n == 1 or n * config.block_size <= most)]:
+        if config.micro_batch or device.type == "cpu":  # a CPU out of memory can't be caught
+            return config.micro_batch or n
+        try:
+            trial, fits = Model(config).to(device), True  # it and its gradients take as much as AdamW will
+            with autocast:
+                _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
+            loss.backward()
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            fits = False
+        trial = loss = None  # before the next trial
+        if over_ranks([float(fits)], device, dist.ReduceOp.MIN)[0]:
+            return n
+    fail(f"not even one row of {config.block_size} tokens fits the memory: use a smaller --block_size or model")
+
+
+def load_checkpoint(folder):
+    """The newest checkpoint that can be read, or None; says which can't."""
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken file raises anything
+            say(f"{path} is damaged ({type(error).__name__}): using the one before it")
+
+
+def resumed_config(checkpoint, given):
+    """The checkpoint's Config with the options given now. Raises SystemExit for one that can't change any more."""
+    old, names = checkpoint["config"], [field.name for field in dataclasses.fields(Config)]
+    if checkpoint["script"] != Path(__file__).stem or sorted(old) != sorted(names):
+        fail(f"the checkpoint is of {checkpoint['script']}.py, or of another version of it: use that one")
+    for name in names[: names.index("seed") + 1]:
+        if given.get(name, old[name]) != old[name]:
+            fail(f"--{name} {given[name]}: the checkpoint has {old[name]}; leave it out, or start another run")
+    return Config(**{**old, **given})
+
+
+# ==========================================================================================================
+# Training: the same in every script
+
+
+def get_lr(config, step):
+    """Linear warm-up to max_lr, then a cosine to min_lr at max_steps (Brown et al., 2020, appendix B)."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
+    return config.min_lr + 0.5 * (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def validate(model, windows, micro_batch, rank, world, device, autocast):
+    """Mean next-token loss over the windows, in nats, the same on every process."""
+    mine, total = range(rank, len(windows), world), 0.0
+    for at in range(0, len(mine), micro_batch):
+        rows = torch.from_numpy(windows.rows(mine[at : at + micro_batch])).to(device)
+        with autocast:
+            total += model(rows[:, :-1], rows[:, 1:])[1].item() * len(rows)
+    return over_ranks([total], device)[0] / len(windows)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompt, n_samples, n_tokens, seed, device, autocast):
+    """n_samples texts that continue the prompt by n_tokens tokens, each drawn from the 50 likeliest."""
+    idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]] * n_samples, device=device)
+    generator, state = torch.Generator(device).manual_seed(seed), None
+    for _ in range(n_tokens):
+        with autocast:
+            logits, state = model.decode(idx, state)
+        top = logits[:, : tokenizer.n_vocab].float().topk(50)  # the ids beyond n_vocab are padding
+        choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+        idx = torch.cat((idx, top.indices.gather(-1, choice)), dim=1)
+    return [tokenizer.decode(row) for row in idx.tolist()]
+
+
+def main():
+    # ---- what to do, and with what
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small model, small offline data: other defaults for all")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    parser.add_argument("--eval", action="store_true", help="score the run's newest checkpoint")
+    parser.add_argument("--sample", metavar="PROMPT", help="continue a text with the run's newest checkpoint")
+    given, todo = fineweb.parse_options(parser, Config)
+    recipe = RECIPE if given.get("recipe", "paper") == "paper" else {}
+    config = Config(**{**recipe, **(TINY_MODEL | TINY_RUN if todo.tiny else {}), **given})
+    script = Path(__file__).stem
+    folder = Path("log") / (config.run_name or script.removeprefix("train_") + ("-tiny" if todo.tiny else ""))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun starts a crashed run anew
+    wanted = todo.resume or todo.eval or todo.sample is not None
+    checkpoint = load_checkpoint(folder) if wanted or restarted else None
+    if checkpoint:
+        config = resumed_config(checkpoint, given)
+    elif wanted:
+        fail(f"{folder} holds no checkpoint: train it first, or name another run by --run_name")
+    elif folder.exists() and not restarted:
+        fail(f"{folder} already holds a run: go on with it by --resume, or choose another by --run_name")
+    check_config(config, world)
+    first_step = checkpoint["step"] if checkpoint else 0
+    last_step = first_step if todo.eval else config.max_steps
+    if todo.resume and first_step >= last_step:
+        fail(f"{folder} is finished at step {first_step}: score it by --eval, or train on with a larger --max_steps")
+    device, device_name, dtype, why = start(config, world)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    # ---- the model, made on the CPU: the same weights on every device and process
+    torch.manual_seed(config.seed)
+    model = Model(config)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    model.to(device)
+    sampling = (config.sample_tokens, config.seed, device, autocast)
+    if todo.sample is not None:
+        tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
+        return say("\n".join(generate(model.eval(), tokenizer, todo.sample, 4, *sampling)))
+    batch_rows = config.batch_tokens // config.block_size
+    micro_batch = find_micro_batch(config, batch_rows // world, device, autocast)
+    micro_steps = batch_rows // world // micro_batch
+    groups = model.optimizer_groups()
+    if sorted(id(p) for group in groups for p in group["params"]) != sorted(map(id, model.parameters())):
+        raise AssertionError("optimizer_groups() must hold each parameter once")
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})  # settings as of now
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was off
+        torch.set_rng_state(checkpoint["rng"])
+    compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
+    compiled = torch.compile(model, dynamic=False) if compiles else model
+    ddp = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+    net = nn.parallel.DistributedDataParallel(compiled, **ddp) if world > 1 else compiled
+
+    # ---- the data
+    if todo.tiny and config.data_dir == TINY_RUN["data_dir"] and rank == 0:
+        fineweb.write_sample(config.data_dir)
+    over_ranks([0], device)  # the others wait for it
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, checkpoint and checkpoint["data"])
+    train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
+    val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
+    loader = fineweb.Loader(train, batch_rows, config.seed, rank, world, device, config.vocab_size, config.max_steps)
+    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if rank == 0 else None
+    scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size, device, rank, world)
+    checkpoint = None
+
+    # ---- the run's folder
+    git = subprocess.run("git describe --always --dirty --exclude=*", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()  # fmt: skip
+    facts = {"script": script, "git": git or "unknown", "torch": torch.__version__, "device": device_name,
+             "processes": world, "dtype": f"{dtype} ({why})", "micro_batch": micro_batch, "micro_steps": micro_steps,
+             "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(),
+             "data": data, "config": dataclasses.asdict(config)}  # fmt: skip
+    if rank == 0:
+        log_file = fineweb.open_log(folder / "log.jsonl", math.inf if todo.eval else first_step)
+        (folder / f"{script}.py").write_text(Path(__file__).read_text())
+
+    def log(event, **fields):
+        if rank == 0:
+            log_file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    log("run", first_step=first_step, time=time.time(), **facts)
+    say("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    stop, stopping = [], False  # a first signal asks for an end after the step, a second one kills
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+    for step in range(first_step, last_step + 1):
+        # ---- evaluate, save, sample
+        due = not stopping and (step % config.eval_every == 0 or step == last_step)
+        if due:
+            model.eval()
+            loss = validate(compiled, val, micro_batch, rank, world, device, autocast)
+            log("val", step=step, loss=loss)
+            say(f"step {step:05d} | validation loss {loss:.4f}")
+            for convention in (scorer.batches if step == last_step else ["nanogpt"]) if scorer else []:
+                with autocast:  # by the raw model: compile would start over for each of the scorer's shapes
+                    result = scorer.score(lambda x, y: model(x, y, "none")[1], convention, step, folder)
+                log("score", step=step, **result)
+                say(f"step {step:05d} | {hellaswag.one_line(result)}")
+        if (due or stopping) and step > first_step and rank == 0:
+            checkpoint = {"format": 1, "script": script, "step": step, "config": facts["config"], "data": data,
+                          "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
+                          "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}  # fmt: skip
+            fineweb.write_atomic(folder / f"step_{step:06d}.pt", lambda f: torch.save(checkpoint, f))
+            for old in sorted(folder.glob("step_*.pt"))[:-2]:
+                old.unlink()
+            say(f"step {step:05d} | saved {folder}/step_{step:06d}.pt")
+        for text in generate(model, tokenizer, config.prompt, 2, *sampling) if due and tokenizer else []:
+            log("sample", step=step, text=text)
+            say(f"step {step:05d} > {text!r}")
+        if stopping or step == last_step:
+            say(f"{folder} is at step {step} of {config.max_steps}. Next: python {script}.py --run_name {folder.name} "
+                + ("--resume" if step < config.max_steps else f"--sample {json.dumps(config.prompt)}"))  # fmt: skip
+            break
+
+        # ---- step
+        model.train()
+        began, loss = time.perf_counter(), torch.zeros((), device=device)
+        for micro_step, part in enumerate(loader.batch(step).split(micro_batch)):  # (micro_batch, T + 1)
+            if world > 1:  # gradients are averaged over the processes once a step, in the last backward
+                net.require_backward_grad_sync = micro_step == micro_steps - 1
+            with autocast:
+                _, micro_loss = net(part[:, :-1], part[:, 1:])
+            scaler.scale(micro_loss / micro_steps).backward()
+            loss += micro_loss.detach() / micro_steps
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        lr = get_lr(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        scaler.step(optimizer)  # a scaler skips an infinite gradient, on all processes alike: it is their mean
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        figures = model.after_step()
+        loss, stopping = over_ranks([loss.item() / world, len(stop)], device)
+        norm, seconds = norm.item(), time.perf_counter() - began
+        if not math.isfinite(loss) or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
+            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; last good checkpoint: "
+                 f"{max(folder.glob('step_*.pt'), default='none yet')}")
+
+        # ---- say so
+        speed = config.batch_tokens / seconds
+        pace = seconds if step <= first_step + 1 else 0.9 * pace + 0.1 * seconds  # the first step compiles
+        log("train", step=step, loss=loss, lr=lr, norm=norm if math.isfinite(norm) else None, ms=1000 * seconds, **figures)
+        line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms"
+        line += f" | {speed:,.0f} tok/s | eta {pace * (config.max_steps - step - 1) / 60:.0f} min"
+        line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else ""
+        line += f" | MFU {3 * facts['flops_per_token'] * speed / (peak * world):.1%}" if peak else ""
+        if step % config.log_every == 0:
+            say(line)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
