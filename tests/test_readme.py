@@ -53,3 +53,9 @@ def test_commands_parse(command, monkeypatch, tmp_path):
 
 def test_no_placeholder_is_left():
     assert not re.search(r"\b(TODO|FIXME|XXX|[A-Z]+_(OUTPUT|LOSS|CLOZE|FIGURES|VERSIONS))\b", README)
+
+
+def test_the_table_is_what_the_tool_measures():
+    from tools import table
+
+    assert table.table() in README, "run `python -m tools.table --write`"
