@@ -65,15 +65,15 @@ def parse_strictly(parser):
     parser.allow_abbrev, parser.error = False, fail
     args, unknown = parser.parse_known_args()
     if unknown:
-        names = [action.option_strings[-1] for action in parser._actions]
+        names = [action.option_strings[-1] for action in parser._actions if action.option_strings]
         close = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0)
         fail(f"unknown option {unknown[0]}: did you mean {close[0]}? (--help lists them all)")
     return args
 
 
-def option(default, help, choices=None):
-    """A dataclass field that parse_options() makes the command-line option --name too."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help, choices=None, zero=False):
+    """A dataclass field that parse_options() makes the command-line option --name too; zero: a number that may be 0."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "zero": zero})
 
 
 def parse_options(parser, Config):
@@ -88,7 +88,12 @@ def parse_options(parser, Config):
 
 
 def open_log(path, step):
-    """A run's log.jsonl for appending, without what it says of step and later ones: they are coming again."""
+    """A run's log.jsonl for appending, without what it says of step and later ones: they are coming again.
+
+    path None: a file that keeps nothing, for the processes that don't log.
+    """
+    if path is None:
+        return open(os.devnull, "w")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
@@ -683,13 +688,14 @@ def verify(folder):
 # Loader
 
 
-def open_dataset(folder, vocab_size=1 << 16, before=None):
+def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     """Checks every shard of a folder and returns what is known of it.
 
-    Returns a dict: dataset, tokenizer, vocab_size, and fingerprint (equal for equal tokens). before: what this
-    returned when the run began; other tokens are said in a line. Raises SystemExit, with the command that helps,
-    for a missing folder, no shards, a foreign or truncated one, a manifest that doesn't match, a vocabulary of
-    more than vocab_size, or another tokenizer than before.
+    Returns a dict: dataset, tokenizer, vocab_size, and fingerprint, equal for equal tokens in the first
+    train_shards training shards (None: in all) and in those for validation. before: what this returned when the
+    run began; other tokens are said in a line. Raises SystemExit, with the command that helps, for a missing
+    folder, no shards, a foreign or truncated one, a manifest that doesn't match, a vocabulary of more than
+    vocab_size, or another tokenizer than before.
     """
     folder = Path(folder)
     names = sorted(path.name for path in folder.glob("*.bin"))
@@ -710,7 +716,9 @@ def open_dataset(folder, vocab_size=1 << 16, before=None):
     if manifest["vocab_size"] > vocab_size:
         fail(f"{folder} has a vocabulary of {manifest['vocab_size']:,}, the model one of {vocab_size:,}: use another "
              f"--data_dir or --vocab_size {-(-manifest['vocab_size'] // 128) * 128}")
-    identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in manifest["shards"]]
+    training = sorted(name for name in listed if "_train_" in name)[:train_shards]
+    identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in manifest["shards"]
+                if shard["name"] in training or "_train_" not in shard["name"]]  # fmt: skip
     data = {"dataset": manifest["dataset"], "tokenizer": manifest["tokenizer"], "vocab_size": manifest["vocab_size"],
             "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}
     if before and before["tokenizer"] != data["tokenizer"]:

@@ -44,7 +44,7 @@ from fineweb import fail, option, say
 class Config:
     # ---- this architecture's fields
     n_layer: int = option(12, "blocks, not counting MTP's")
-    n_dense: int = option(1, "first blocks that have a plain MLP instead of experts")
+    n_dense: int = option(1, "first blocks that have a plain MLP instead of experts", zero=True)
     n_head: int = option(10, "attention heads")
     n_embd: int = option(640, "channels of the residual stream")
     q_rank: int = option(256, "channels of the latent that the queries are made from")
@@ -60,22 +60,22 @@ class Config:
     expert_width: int = option(192, "hidden channels of an expert")
     dense_width: int = option(960, "hidden channels of a dense block's MLP: as many as a token's experts have together")
     route_scale: float = option(2.0, "sum of a token's routing weights: sqrt(n_active), see Router")
-    bias_speed: float = option(1e-3, "change of the routing bias a step")
-    balance_alpha: float = option(1e-4, "weight of the sequence-wise balance loss")
+    bias_speed: float = option(1e-3, "change of the routing bias a step", zero=True)
+    balance_alpha: float = option(1e-4, "weight of the sequence-wise balance loss", zero=True)
     mtp_depth: str = option("1", "further tokens predicted in training", ("0", "1"))
     experts: str = option("auto", "how they are computed; auto: grouped where it works", ("auto", "grouped", "dense"))
     # ---- the run: the same in every script (fields up to seed can't change on --resume)
     vocab_size: int = option(50_304, "rows of the embedding: GPT-2's 50,257 tokens, padded to a multiple of 128")
     block_size: int = option(1024, "tokens of context")
     batch_tokens: int = option(2**19, "tokens an optimizer step on all GPUs together: 524,288")
-    seed: int = option(1337, "of the initial weights, the order of the data and the samples")
+    seed: int = option(1337, "of the initial weights, the order of the data and the samples", zero=True)
     max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19, one epoch")
-    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens, as GPT-3")
+    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens, as GPT-3", zero=True)
     max_lr: float = option(6e-4, "learning rate after the warm-up, as GPT-3's of this size")
-    min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth")
-    weight_decay: float = option(0.1, "AdamW's, for the parameters that the model lets decay")
-    beta1: float = option(0.9, "AdamW's")
-    beta2: float = option(0.95, "AdamW's: a shorter memory than 0.999, for batches of this size")
+    min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth", zero=True)
+    weight_decay: float = option(0.1, "AdamW's, for the parameters that the model lets decay", zero=True)
+    beta1: float = option(0.9, "AdamW's", zero=True)
+    beta2: float = option(0.95, "AdamW's: a shorter memory than 0.999, for batches of this size", zero=True)
     adam_eps: float = option(1e-8, "AdamW's")
     grad_clip: float = option(1.0, "largest norm of the whole gradient")
     data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
@@ -87,8 +87,8 @@ class Config:
     eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
     log_every: int = option(1, "steps between lines on the screen; log.jsonl has them all")
     prompt: str = option("Hello, I'm a language model,", "what samples continue")
-    sample_tokens: int = option(32, "tokens that a sample adds")
-    micro_batch: int = option(0, "rows of block_size tokens at a time on a device; 0: the most that fit")
+    sample_tokens: int = option(32, "tokens that a sample adds", zero=True)
+    micro_batch: int = option(0, "rows of block_size tokens at a time on a device; 0: the most that fit", zero=True)
     device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "number format; float16 has a loss scaler", ("auto", "bfloat16", "float16", "float32"))
     compile: str = option("auto", "torch.compile; auto: on CUDA, except under Windows", ("auto", "on", "off"))
@@ -99,7 +99,7 @@ TINY_RUN = dict(data_dir="data/sample", vocab_size=257, block_size=128, batch_to
                 warmup_steps=50, max_lr=2e-3, min_lr=2e-4, val_tokens=65_536, eval_every=250, log_every=25,
                 prompt="Returns the ", sample_tokens=96)  # fmt: skip
 # dense 16-bit FLOP/s by the makers' data sheets: of known GPUs the model-FLOPs utilisation is printed
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
 
 # ---- this architecture's --tiny, and its recipe where its paper prescribes another than the common one
 TINY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, q_rank=64, kv_rank=32, nope_dim=32, rope_dim=16, v_dim=32,
@@ -193,7 +193,7 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(config.n_expert, dtype=torch.int64), persistent=False)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # fp32: in bf16 near scores would be equal
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 near scores would be equal
             scores = F.linear(x.to(self.weight.dtype), self.weight).sigmoid()  # (B, T, E)
         with torch.no_grad():
             groups = (scores + self.bias).unflatten(-1, (self.n_group, -1))  # (B, T, G, E / G)
@@ -215,8 +215,8 @@ class Router(nn.Module):
 
 def add_rows(x, index):
     """Rows of x (R, C): index (M,) -> (M, C), index (N, K) -> (N, C), each the sum of K rows."""
-    rows = x.index_select(0, index.flatten())
-    return rows if index.dim() == 1 else rows.view(*index.shape, -1).sum(1)
+    # embedding_bag adds while it reads and never holds the N K rows
+    return x.index_select(0, index) if index.dim() == 1 else F.embedding_bag(index, x, mode="sum")
 
 
 class Move(torch.autograd.Function):
@@ -366,8 +366,9 @@ class Model(nn.Module):
         its mean, or with reduction="none" each token's, (B, T), and 0 where the target is negative. The mean's
         gradient may hold auxiliary terms; its value never does.
         """
-        cos, sin, balance = self.cos[: idx.shape[1]], self.sin[: idx.shape[1]], 0.0
+        cos, sin = self.cos[: idx.shape[1]], self.sin[: idx.shape[1]]
         x = embd = self.wte(idx)  # (B, T, C)
+        balance = x.new_zeros(())
         for block in self.blocks:
             x, block_balance = block(x, cos, sin)
             balance = balance + block_balance
@@ -463,10 +464,11 @@ class HeadLoss(torch.autograd.Function):
         for at in range(0, n, size):
             chunk, target = x[at : at + size], targets[at : at + size, None]
             logits = (chunk @ w.T).to(torch.promote_types(dtype, torch.float32))
-            lse = logits.logsumexp(-1, keepdim=True)
-            total = total + (lse - logits.gather(-1, target)).sum()
+            top, wanted = logits.amax(-1, keepdim=True), logits.gather(-1, target)
+            sums = logits.sub_(top).exp_().sum(-1, keepdim=True)  # in place: logsumexp would copy the logits
+            total = total + (sums.log() + top - wanted).sum()
             if with_grad:
-                dlogits = logits.sub_(lse).exp_().scatter_add_(-1, target, torch.full_like(lse, -1.0)).to(dtype)
+                dlogits = logits.div_(sums).scatter_add_(-1, target, torch.full_like(top, -1.0)).to(dtype)
                 dx[at : at + size] = dlogits @ w
                 if dtype == dw.dtype:
                     dw.addmm_(dlogits.T, chunk)
@@ -502,10 +504,10 @@ def head_loss(x, weight, targets, reduction):
 
 def check_config(config, world):
     """Raises SystemExit with a line that says which values can't be, or can't go together."""
-    may_be_zero = ("seed", "warmup_steps", "min_lr", "weight_decay", "beta1", "beta2", "sample_tokens", "micro_batch")
-    for name, value in dataclasses.asdict(config).items():
-        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
-            fail(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'more than'} 0")
+    for field in dataclasses.fields(config):
+        name, value, zero = field.name, getattr(config, field.name), field.metadata["zero"]
+        if not isinstance(value, str) and not (0 < value < math.inf or zero and value == 0):
+            fail(f"--{name} {value}: must be {'at least' if zero else 'more than'} 0")
     if config.batch_tokens % (world * max(1, config.micro_batch) * config.block_size):
         fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x micro-batches of "
              f"{max(1, config.micro_batch)} row(s) x --block_size {config.block_size}: choose numbers that divide it")
@@ -513,10 +515,10 @@ def check_config(config, world):
 
 def start(config, world):
     """Joins the other processes, if any; returns (device, its name, dtype, why that dtype)."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k in available if available[k]) if config.device == "auto" else config.device
-    if not available[kind]:
-        fail(f"--device {kind}: torch {torch.__version__} finds none here; leave it out to use what there is")
+    devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": world}
+    kind = next(k for k in devices if devices[k]) if config.device == "auto" else config.device
+    if devices[kind] < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        fail(f"torch {torch.__version__} finds {devices[kind]} {kind} device(s) here: start fewer processes or change --device")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -550,18 +552,21 @@ def find_micro_batch(config, rows, device, autocast):
         if config.micro_batch or device.type == "cpu":  # a CPU out of memory can't be caught
             return config.micro_batch or n
         try:
-            trial, fits = Model(config).to(device), True  # it and its gradients take as much as AdamW will
-            with autocast:
-                _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
-            loss.backward()
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            fits = False
-        trial = loss = None  # before the next trial
-        if over_ranks([float(fits)], device, dist.ReduceOp.MIN)[0]:
+            trial, error = Model(config).to(device), None
+            optimizer = torch.optim.AdamW(trial.parameters(), fused=device.type != "mps")
+            for _ in range(2):  # the second time beside gradients and AdamW's moments, as in the run
+                with autocast:
+                    _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
+                loss.backward()
+                optimizer.step()
+        except RuntimeError as caught:  # out of memory has many names: the last is shown if nothing fits
+            error = str(caught).splitlines()[0]
+        trial = loss = optimizer = None  # before the next trial
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        if over_ranks([float(error is None)], device, dist.ReduceOp.MIN)[0]:
             return n
-    fail(f"not even one row of {config.block_size} tokens fits the memory: use a smaller --block_size or model")
+    fail(f"not even one row of {config.block_size} tokens fits: use a smaller --block_size or model. {error or ''}")
 
 
 def load_checkpoint(folder):
@@ -665,8 +670,6 @@ def main():
     micro_batch = find_micro_batch(config, batch_rows // world, device, autocast)
     micro_steps = batch_rows // world // micro_batch
     groups = model.optimizer_groups()
-    if sorted(id(p) for group in groups for p in group["params"]) != sorted(map(id, model.parameters())):
-        raise AssertionError("optimizer_groups() must hold each parameter once")
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
@@ -674,6 +677,7 @@ def main():
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was off
         torch.set_rng_state(checkpoint["rng"])
     compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
+    torch._dynamo.config.optimize_ddp = False  # True cuts the graph into buckets; gradients are sent once a step only
     compiled = torch.compile(model, dynamic=False) if compiles else model
     ddp = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
     net = nn.parallel.DistributedDataParallel(compiled, **ddp) if world > 1 else compiled
@@ -682,7 +686,7 @@ def main():
     if todo.tiny and config.data_dir == TINY_RUN["data_dir"] and rank == 0:
         fineweb.write_sample(config.data_dir)
     over_ranks([0], device)  # the others wait for it
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, checkpoint and checkpoint["data"])
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, checkpoint and checkpoint["data"])
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
     loader = fineweb.Loader(train, batch_rows, config.seed, rank, world, device, config.vocab_size, config.max_steps)
@@ -697,20 +701,19 @@ def main():
              "processes": world, "dtype": f"{dtype} ({why})", "micro_batch": micro_batch, "micro_steps": micro_steps,
              "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(),
              "data": data, "config": dataclasses.asdict(config)}  # fmt: skip
-    if rank == 0:
-        log_file = fineweb.open_log(folder / "log.jsonl", math.inf if todo.eval else first_step)
+    log_file = fineweb.open_log(folder / "log.jsonl" if rank == 0 else None, math.inf if todo.eval else first_step)
+    if rank == 0 and not todo.eval:
         (folder / f"{script}.py").write_text(Path(__file__).read_text())
 
     def log(event, **fields):
-        if rank == 0:
-            log_file.write(json.dumps({"event": event, **fields}) + "\n")
+        log_file.write(json.dumps({"event": event, **fields}) + "\n")
 
     log("run", first_step=first_step, time=time.time(), **facts)
     say("\n".join(f"{name}: {value}" for name, value in facts.items()))
     stop, stopping = [], False  # a first signal asks for an end after the step, a second one kills
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name and dtype != torch.float32), None)
 
     for step in range(first_step, last_step + 1):
         # ---- evaluate, save, sample
@@ -766,14 +769,12 @@ def main():
             fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; last good checkpoint: "
                  f"{max(folder.glob('step_*.pt'), default='none yet')}")
 
-        # ---- say so
-        speed = config.batch_tokens / seconds
         pace = seconds if step <= first_step + 1 else 0.9 * pace + 0.1 * seconds  # the first step compiles
         log("train", step=step, loss=loss, lr=lr, norm=norm if math.isfinite(norm) else None, ms=1000 * seconds, **figures)
         line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms"
-        line += f" | {speed:,.0f} tok/s | eta {pace * (config.max_steps - step - 1) / 60:.0f} min"
+        line += f" | {config.batch_tokens / seconds:,.0f} tok/s | eta {pace * (config.max_steps - step - 1) / 60:.0f} min"
         line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else ""
-        line += f" | MFU {3 * facts['flops_per_token'] * speed / (peak * world):.1%}" if peak else ""
+        line += f" | MFU {3 * facts['flops_per_token'] * config.batch_tokens / seconds / (peak * world):.1%}" if peak else ""
         if step % config.log_every == 0:
             say(line)
     if world > 1:

@@ -52,14 +52,14 @@ class Config:
     vocab_size: int = option(50_304, "rows of the embedding: GPT-2's 50,257 tokens, padded to a multiple of 128")
     block_size: int = option(1024, "tokens of context")
     batch_tokens: int = option(2**19, "tokens an optimizer step on all GPUs together: 524,288")
-    seed: int = option(1337, "of the initial weights, the order of the data and the samples")
+    seed: int = option(1337, "of the initial weights, the order of the data and the samples", zero=True)
     max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19, one epoch")
-    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens, as GPT-3")
+    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens, as GPT-3", zero=True)
     max_lr: float = option(6e-4, "learning rate after the warm-up, as GPT-3's of this size")
-    min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth")
-    weight_decay: float = option(0.1, "AdamW's, for the parameters that the model lets decay")
-    beta1: float = option(0.9, "AdamW's")
-    beta2: float = option(0.95, "AdamW's: a shorter memory than 0.999, for batches of this size")
+    min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth", zero=True)
+    weight_decay: float = option(0.1, "AdamW's, for the parameters that the model lets decay", zero=True)
+    beta1: float = option(0.9, "AdamW's", zero=True)
+    beta2: float = option(0.95, "AdamW's: a shorter memory than 0.999, for batches of this size", zero=True)
     adam_eps: float = option(1e-8, "AdamW's")
     grad_clip: float = option(1.0, "largest norm of the whole gradient")
     data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
@@ -71,8 +71,8 @@ class Config:
     eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
     log_every: int = option(1, "steps between lines on the screen; log.jsonl has them all")
     prompt: str = option("Hello, I'm a language model,", "what samples continue")
-    sample_tokens: int = option(32, "tokens that a sample adds")
-    micro_batch: int = option(0, "rows of block_size tokens at a time on a device; 0: the most that fit")
+    sample_tokens: int = option(32, "tokens that a sample adds", zero=True)
+    micro_batch: int = option(0, "rows of block_size tokens at a time on a device; 0: the most that fit", zero=True)
     device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "number format; float16 has a loss scaler", ("auto", "bfloat16", "float16", "float32"))
     compile: str = option("auto", "torch.compile; auto: on CUDA, except under Windows", ("auto", "on", "off"))
@@ -83,7 +83,7 @@ TINY_RUN = dict(data_dir="data/sample", vocab_size=257, block_size=128, batch_to
                 warmup_steps=50, max_lr=2e-3, min_lr=2e-4, val_tokens=65_536, eval_every=250, log_every=25,
                 prompt="Returns the ", sample_tokens=96)  # fmt: skip
 # dense 16-bit FLOP/s by the makers' data sheets: of known GPUs the model-FLOPs utilisation is printed
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
 
 # ---- this architecture's --tiny, and its recipe where its paper prescribes another than the common one
 TINY_MODEL = dict(n_layer=3, n_head=2, n_embd=128, n_ffn=640, rank_w=32, rank_a=32, rank_v=32, rank_g=64)
@@ -223,7 +223,8 @@ class Attention(nn.Module):
     def mix_time(self, r, w, k, v, a, state):
         """The projections (B, T, C) and the state before them -> y (B, T, C) and the state after them.
 
-        In fp32 at least, under autocast too: exponentials of sums over a chunk, and the inverse, need it.
+        In fp32 at least, under autocast too: exponentials of sums over a chunk, and the inverse, need it. Its
+        products may be TF32 on CUDA, an error of 2e-3, that of bf16's rounding of what comes in.
         Backward does it again instead of keeping its many intermediate results.
         """
         B, T, C = r.shape
@@ -337,8 +338,8 @@ class Model(nn.Module):
                 parameter.fill_(((1 + layer) / config.n_layer) ** 0.7)
             elif name.endswith(("norm.weight", "norm0.weight", "norm1.weight", "norm2.weight")):
                 parameter.fill_(1.0)
-            elif name == "wte.weight":
-                parameter.uniform_(-1e-4, 1e-4)
+            elif name == "wte.weight":  # the head's: with the embedding's, U(+-1e-4), the tied matrix learns later
+                nn.init.orthogonal_(parameter, 0.5 * max(1, len(parameter) / C) ** 0.5)
             else:
                 raise NotImplementedError(f"no initialisation for {name}")
 
@@ -429,11 +430,11 @@ class HeadLoss(torch.autograd.Function):
         for at in range(0, n, size):
             chunk, target = x[at : at + size], targets[at : at + size, None]
             logits = (chunk @ w.T).to(torch.promote_types(dtype, torch.float32))
-            lse = logits.logsumexp(-1, keepdim=True)
-            total = total + (lse - logits.gather(-1, target)).sum()
+            (top, best), wanted = logits.max(-1, keepdim=True), logits.gather(-1, target)
+            sums = logits.sub_(top).exp_().sum(-1, keepdim=True)  # in place: logsumexp would copy the logits
+            total = total + (sums.log() + top - wanted).sum()
             if with_grad:
-                top, best = logits.max(-1, keepdim=True)
-                dlogits = logits.sub_(lse).exp_().scatter_add_(-1, target, torch.full_like(lse, -1.0))
+                dlogits = logits.div_(sums).scatter_add_(-1, target, torch.full_like(top, -1.0))
                 dlogits = dlogits.scatter_add_(-1, best, 1e-4 * top).to(dtype)
                 dx[at : at + size] = dlogits @ w
                 if dtype == dw.dtype:
@@ -470,10 +471,10 @@ def head_loss(x, weight, targets, reduction):
 
 def check_config(config, world):
     """Raises SystemExit with a line that says which values can't be, or can't go together."""
-    may_be_zero = ("seed", "warmup_steps", "min_lr", "weight_decay", "beta1", "beta2", "sample_tokens", "micro_batch")
-    for name, value in dataclasses.asdict(config).items():
-        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
-            fail(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'more than'} 0")
+    for field in dataclasses.fields(config):
+        name, value, zero = field.name, getattr(config, field.name), field.metadata["zero"]
+        if not isinstance(value, str) and not (0 < value < math.inf or zero and value == 0):
+            fail(f"--{name} {value}: must be {'at least' if zero else 'more than'} 0")
     if config.batch_tokens % (world * max(1, config.micro_batch) * config.block_size):
         fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x micro-batches of "
              f"{max(1, config.micro_batch)} row(s) x --block_size {config.block_size}: choose numbers that divide it")
@@ -481,10 +482,10 @@ def check_config(config, world):
 
 def start(config, world):
     """Joins the other processes, if any; returns (device, its name, dtype, why that dtype)."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k in available if available[k]) if config.device == "auto" else config.device
-    if not available[kind]:
-        fail(f"--device {kind}: torch {torch.__version__} finds none here; leave it out to use what there is")
+    devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": world}
+    kind = next(k for k in devices if devices[k]) if config.device == "auto" else config.device
+    if devices[kind] < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        fail(f"torch {torch.__version__} finds {devices[kind]} {kind} device(s) here: start fewer processes or change --device")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -518,18 +519,21 @@ def find_micro_batch(config, rows, device, autocast):
         if config.micro_batch or device.type == "cpu":  # a CPU out of memory can't be caught
             return config.micro_batch or n
         try:
-            trial, fits = Model(config).to(device), True  # it and its gradients take as much as AdamW will
-            with autocast:
-                _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
-            loss.backward()
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            fits = False
-        trial = loss = None  # before the next trial
-        if over_ranks([float(fits)], device, dist.ReduceOp.MIN)[0]:
+            trial, error = Model(config).to(device), None
+            optimizer = torch.optim.AdamW(trial.parameters(), fused=device.type != "mps")
+            for _ in range(2):  # the second time beside gradients and AdamW's moments, as in the run
+                with autocast:
+                    _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
+                loss.backward()
+                optimizer.step()
+        except RuntimeError as caught:  # out of memory has many names: the last is shown if nothing fits
+            error = str(caught).splitlines()[0]
+        trial = loss = optimizer = None  # before the next trial
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        if over_ranks([float(error is None)], device, dist.ReduceOp.MIN)[0]:
             return n
-    fail(f"not even one row of {config.block_size} tokens fits the memory: use a smaller --block_size or model")
+    fail(f"not even one row of {config.block_size} tokens fits: use a smaller --block_size or model. {error or ''}")
 
 
 def load_checkpoint(folder):
@@ -633,8 +637,6 @@ def main():
     micro_batch = find_micro_batch(config, batch_rows // world, device, autocast)
     micro_steps = batch_rows // world // micro_batch
     groups = model.optimizer_groups()
-    if sorted(id(p) for group in groups for p in group["params"]) != sorted(map(id, model.parameters())):
-        raise AssertionError("optimizer_groups() must hold each parameter once")
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
@@ -642,6 +644,7 @@ def main():
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was off
         torch.set_rng_state(checkpoint["rng"])
     compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
+    torch._dynamo.config.optimize_ddp = False  # True cuts the graph into buckets; gradients are sent once a step only
     compiled = torch.compile(model, dynamic=False) if compiles else model
     ddp = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
     net = nn.parallel.DistributedDataParallel(compiled, **ddp) if world > 1 else compiled
@@ -650,7 +653,7 @@ def main():
     if todo.tiny and config.data_dir == TINY_RUN["data_dir"] and rank == 0:
         fineweb.write_sample(config.data_dir)
     over_ranks([0], device)  # the others wait for it
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, checkpoint and checkpoint["data"])
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, checkpoint and checkpoint["data"])
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
     loader = fineweb.Loader(train, batch_rows, config.seed, rank, world, device, config.vocab_size, config.max_steps)
@@ -665,20 +668,19 @@ def main():
              "processes": world, "dtype": f"{dtype} ({why})", "micro_batch": micro_batch, "micro_steps": micro_steps,
              "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(),
              "data": data, "config": dataclasses.asdict(config)}  # fmt: skip
-    if rank == 0:
-        log_file = fineweb.open_log(folder / "log.jsonl", math.inf if todo.eval else first_step)
+    log_file = fineweb.open_log(folder / "log.jsonl" if rank == 0 else None, math.inf if todo.eval else first_step)
+    if rank == 0 and not todo.eval:
         (folder / f"{script}.py").write_text(Path(__file__).read_text())
 
     def log(event, **fields):
-        if rank == 0:
-            log_file.write(json.dumps({"event": event, **fields}) + "\n")
+        log_file.write(json.dumps({"event": event, **fields}) + "\n")
 
     log("run", first_step=first_step, time=time.time(), **facts)
     say("\n".join(f"{name}: {value}" for name, value in facts.items()))
     stop, stopping = [], False  # a first signal asks for an end after the step, a second one kills
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name and dtype != torch.float32), None)
 
     for step in range(first_step, last_step + 1):
         # ---- evaluate, save, sample
@@ -734,14 +736,12 @@ def main():
             fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; last good checkpoint: "
                  f"{max(folder.glob('step_*.pt'), default='none yet')}")
 
-        # ---- say so
-        speed = config.batch_tokens / seconds
         pace = seconds if step <= first_step + 1 else 0.9 * pace + 0.1 * seconds  # the first step compiles
         log("train", step=step, loss=loss, lr=lr, norm=norm if math.isfinite(norm) else None, ms=1000 * seconds, **figures)
         line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms"
-        line += f" | {speed:,.0f} tok/s | eta {pace * (config.max_steps - step - 1) / 60:.0f} min"
+        line += f" | {config.batch_tokens / seconds:,.0f} tok/s | eta {pace * (config.max_steps - step - 1) / 60:.0f} min"
         line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else ""
-        line += f" | MFU {3 * facts['flops_per_token'] * speed / (peak * world):.1%}" if peak else ""
+        line += f" | MFU {3 * facts['flops_per_token'] * config.batch_tokens / seconds / (peak * world):.1%}" if peak else ""
         if step % config.log_every == 0:
             say(line)
     if world > 1:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train_deepseek
+from tools.bench_parts import experts_by_loop
 from tools.mapping_deepseek import from_hf_deepseek, hf_config_deepseek, to_hf_deepseek
 from train_deepseek import Config, Experts, Model, Router
 
@@ -109,16 +110,6 @@ def test_sizes_that_do_not_fit_are_refused():
 # ---- experts
 
 
-def expert_loop(x, up, down, chosen, weights):
-    """The definition, expert by expert and token by token."""
-    y = torch.zeros_like(x)
-    for e in range(len(up)):
-        tokens, places = (chosen == e).nonzero(as_tuple=True)
-        gate, h = (x[tokens] @ up[e].T).chunk(2, dim=-1)
-        y = y.index_add(0, tokens, (F.silu(gate) * h) @ down[e].T * weights[tokens, places, None])
-    return y
-
-
 def routed(load, dtype, n=40):
     """Inputs of an Experts and a choice that is even, skewed or leaves experts without any token."""
     torch.manual_seed(2)
@@ -144,7 +135,7 @@ def test_experts_equal_a_loop(load, method, dtype, relative):
     experts, x, chosen, weights = routed(load, dtype)
     inputs = (x, experts.up, experts.down, chosen, weights)
     ours = values_and_gradients(getattr(experts, method), *inputs)
-    theirs = values_and_gradients(expert_loop, *(i.double() if i.is_floating_point() else i for i in inputs))
+    theirs = values_and_gradients(experts_by_loop, *(i.double() if i.is_floating_point() else i for i in inputs))
     for what, a, b in zip(("y", "x", "up", "down", "weights"), ours, theirs):
         assert_close(a, b, relative, what)
     if load == "idle":
@@ -156,7 +147,7 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts():
     chosen = torch.tensor([5, 1, 2]).expand(40, 3)
     for method in (experts.grouped, experts.dense):
         y = method(x, experts.up, experts.down, chosen, weights)
-        assert_close(y, expert_loop(x, experts.up, experts.down, chosen, weights), 2e-6)
+        assert_close(y, experts_by_loop(x, experts.up, experts.down, chosen, weights), 2e-6)
     config = Config(**SMALL)
     model = perturbed(config)
     for router in routers(model):

@@ -379,6 +379,19 @@ def test_other_data_than_before_is_said(tmp_path, capsys):
     assert "is not the data that the run began with" in capsys.readouterr().out
 
 
+def test_shards_beyond_those_used_change_nothing(tmp_path, capsys):
+    folder = small_dataset(tmp_path, capsys)
+    names = sorted(path.name for path in folder.glob("*_train_*.bin"))
+    assert len(names) > 2
+    two = fineweb.open_dataset(folder, train_shards=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"] = [shard for shard in manifest["shards"] if shard["name"] not in names[2:]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for name in names[2:]:
+        (folder / name).unlink()
+    assert fineweb.open_dataset(folder, train_shards=2) == fineweb.open_dataset(folder) == two
+
+
 def test_shards_without_a_manifest_are_taken_for_gpt2(tmp_path, capsys):
     folder = small_dataset(tmp_path, capsys)
     (folder / "manifest.json").unlink()

@@ -295,7 +295,14 @@ def test_no_cuda_no_traceback(small):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     status, said = small("--device=cuda")
-    assert status == 1 and said.startswith("--device cuda: torch") and said.count("\n") == 1
+    assert status == 1 and "finds 0 cuda device(s) here" in said and said.count("\n") == 1
+
+
+def test_more_processes_than_devices_is_one_line(small, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    status, said = small("--device=cuda")
+    assert status == 1 and "finds 2 cuda device(s) here: start fewer processes" in said and said.count("\n") == 1
 
 
 def test_help_names_every_option_with_its_default(run):
@@ -330,18 +337,22 @@ def test_out_of_memory_halves_the_micro_batch(monkeypatch):
     config, off, zeros = train_gpt2.Config(block_size=1024), torch.autocast("cpu", enabled=False), torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
 
-    def find(rows, largest):
-        """What is chosen where a model with more rows than largest runs out of memory."""
+    def find(rows, largest, step=0):
+        """What is chosen where a model with more rows than largest runs out of memory in the step-th forward pass."""
 
         class Model:
             def __init__(self, config):
-                pass
+                self.calls = 0
+
+            def parameters(self):
+                return [zeros((), requires_grad=True)]
 
             def to(self, device):
                 return self
 
             def __call__(self, idx, targets):
-                if len(idx) > largest:
+                self.calls += 1
+                if len(idx) > largest and self.calls > step:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
                 return None, zeros((), requires_grad=True)
 
@@ -349,7 +360,8 @@ def test_out_of_memory_halves_the_micro_batch(monkeypatch):
         return train_gpt2.find_micro_batch(config, rows, Device, off)
 
     assert [find(512, 10**6), find(512, 63), find(512, 1), find(96, 50), find(12, 5)] == [64, 32, 1, 48, 4]
-    with pytest.raises(SystemExit, match="not even one row of 1024 tokens fits"):
+    assert find(512, 32, step=1) == 32  # beside the gradients and AdamW's moments
+    with pytest.raises(SystemExit, match="not even one row of 1024 tokens fits.*CUDA out of memory"):
         find(512, 0)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import train_rwkv
+from tools.bench_parts import recurrence_by_token
 from tools.mapping_rwkv import to_official
 from train_rwkv import CHUNK, Config, Model, Solve, head_loss, recurrence
 
@@ -31,17 +32,6 @@ def relative_error(ours, theirs):
 
 
 # ---- the recurrence in chunks against the recurrence
-
-
-def naive(r, log_w, k, v, a, b, state):
-    """The recurrence as it is defined, one token after the other."""
-    y = []
-    for r_t, log_w_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in (r, log_w, k, v, a, b))):
-        read = torch.einsum("bhk,bhkv->bhv", a_t, state)
-        state = log_w_t.exp()[..., None] * state
-        state = state + torch.einsum("bhk,bhv->bhkv", b_t, read) + torch.einsum("bhk,bhv->bhkv", k_t, v_t)
-        y.append(torch.einsum("bhk,bhkv->bhv", r_t, state))
-    return torch.stack(y, 1), state
 
 
 def inputs(kind, T, B=2, H=2, D=16):
@@ -72,7 +62,7 @@ def results(function, tensors, seed=1):
 @pytest.mark.parametrize("kind", ["typical", "fastest decay", "one key", "four keys"])
 def test_chunks_equal_the_recurrence(kind, T):
     tensors = inputs(kind, T)
-    exact = results(naive, tensors)
+    exact = results(recurrence_by_token, tensors)
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         ours = results(recurrence, [tensor.to(dtype) for tensor in tensors])
         for name, tensor, reference in zip(("y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate"), ours, exact):
@@ -138,7 +128,7 @@ def reference_logits(w, idx, config):
         kk = F.normalize((k * p["k_k"]).view(B, T, H, D), dim=-1).view(B, T, C)
         k = k * (1 + (a - 1) * p["k_a"])
         r, log_w, k, v4, minus, b = (t.view(B, T, H, D) for t in (r, -soft.exp(), k, v, -kk, kk * a))
-        y, _ = naive(r, log_w, k, v4, minus, b, torch.zeros(B, H, D, D, dtype=x.dtype))
+        y, _ = recurrence_by_token(r, log_w, k, v4, minus, b, torch.zeros(B, H, D, D, dtype=x.dtype))
         y = group_norm(y, p["ln_x.weight"], p["ln_x.bias"]) + ((r * k * p["r_k"]).sum(-1, keepdim=True) * v4).flatten(2)
         x = x + (y * g) @ p["output.weight"].T
         h = norm(x, f"blocks.{layer}.ln2")
@@ -271,6 +261,7 @@ def test_initial_weights_by_the_published_formulas():
             assert not weights[block + name].any(), name
         assert (weights[f"{block}att.r_k"] == -0.04).all()
         assert torch.allclose(weights[f"{block}att.ln_x.weight"], torch.tensor(((1 + layer) / 3) ** 0.7))
+    assert is_orthogonal(model.wte.weight, 0.5 * math.sqrt(300 / 32))  # as the head, which it also is
     for name, weight in weights.items():
         if ".ln" in name and "ln_x" not in name or name.startswith("ln_out"):
             assert (weight == (1.0 if name.endswith("weight") else 0.0)).all(), name

@@ -191,18 +191,21 @@ def test_sixteen_bits(script):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-def test_one_graph_and_no_recompilation(script):
+@pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_one_graph_and_no_recompilation(script, dtype, relative):
     """What torch.compile captures, without the slow code generation: no break, and nothing that starts it over."""
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     idx, targets = [tokens(2, 48, seed=step) for step in range(3)], tokens(2, 48, seed=9)
 
     def train(model, net, first):
         for step in range(3):
             model.zero_grad()
             with torch._dynamo.config.patch(error_on_recompile=step >= first):
-                loss = net.train()(idx[step], targets)[1]
+                with autocast:
+                    loss = net.train()(idx[step], targets)[1]
                 loss.backward()
                 model.after_step()
-                with torch.no_grad():
+                with torch.no_grad(), autocast:
                     net.eval()(idx[step], targets)
         return loss.item(), [parameter.grad for parameter in model.parameters()]
 
@@ -212,9 +215,9 @@ def test_one_graph_and_no_recompilation(script):
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
     compiled_loss, compiled_gradients = train(model, compiled, 1)
     torch._dynamo.reset()
-    assert compiled_loss == pytest.approx(loss, rel=1e-5)
+    assert compiled_loss == pytest.approx(loss, rel=relative / 10)
     for ours, theirs, (name, _) in zip(compiled_gradients, gradients, model.named_parameters()):
-        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-7, name
+        assert (ours - theirs).abs().max() <= relative * theirs.abs().max() + 1e-7, name
 
 
 def test_overfits_one_batch(script):
@@ -284,5 +287,5 @@ def test_a_tiny_run_learns(script, run, sample, tmp_path):
     status, said = run(script, *options)
     assert status == 0, said
     losses = train_losses(tmp_path / "log/a")
-    # 5.5 is chance; RWKV-7's tied head starts near zero, so that it comes later
-    assert losses[0] > 5 and losses[-1] < (3.3 if script.__name__ == "train_rwkv" else 3.0)
+    # 5.5 is chance
+    assert losses[0] > 5 and losses[-1] < 3.0
