@@ -11,10 +11,10 @@ from tools import compare
 SCRIPT = importlib.import_module("train_gpt2")
 
 
-def write_run(folder, losses=(5.0, 4.0, 3.0), right=50, n=400, script="train_gpt2", load=None, steps=None, right_items=None, **fields):
+def write_run(folder, losses=(5.0, 4.0, 3.0), right=50, n=400, script="train_gpt2", load=None, steps=None, right_items=None, own=None, **fields):
     """A run's folder: validated at steps 0, 10, 20 …; of its n items the first `right` were answered right."""
     folder.mkdir(parents=True)
-    config = {**vars(SCRIPT.Config(max_steps=10 * (len(losses) - 1))), **fields}
+    config = own or {**vars(SCRIPT.Config(max_steps=10 * (len(losses) - 1))), **fields}
     events = [{"event": "run", "script": script, "processes": 1, "parameters": 1000, "flops_per_token": 2000.0,
                "data": {"dataset": "d", "tokenizer": "bytes", "vocab_size": 257, "fingerprint": fields.pop("fingerprint", "f")},
                "config": config}]  # fmt: skip
@@ -159,13 +159,66 @@ def test_inside_and_outside_of_a_reference(tmp_path, monkeypatch, capsys):
     assert lines[1]["loss"] == pytest.approx(3.01) and lines[1]["high"] - 3.01 == pytest.approx(4.303 * 0.01 * math.sqrt(4 / 3))
     write_run(tmp_path / "mine", losses=(5.01, 3.05))
     status, said = run_tool(monkeypatch, capsys, tmp_path / "mine", "--against", reference)
-    assert status == 0 and "inside at 2 of 2 steps" in said
+    assert status == 0 and "inside at 2 of 2 steps" in said and "note" not in said
+    write_run(tmp_path / "faster", losses=(5.01, 3.01), max_lr=1e-3)
+    status, said = run_tool(monkeypatch, capsys, tmp_path / "faster", "--against", reference)
+    assert status == 0 and "has another recipe than the reference" in said
     write_run(tmp_path / "bad", losses=(5.01, 3.2))
     status, said = run_tool(monkeypatch, capsys, tmp_path / "bad", "--against", reference)
     assert status == 1 and "OUTSIDE" in said and "inside at 1 of 2 steps" in said
     (tmp_path / "nonsense").write_text("no")
     status, said = run_tool(monkeypatch, capsys, tmp_path / "bad", "--against", tmp_path / "nonsense")
     assert status == 1 and "is not a reference" in said
+
+
+def add(folder, *events):
+    """Goes on writing a run's log as another start of its script, with changes to the first start's facts."""
+    with open(folder / "log.jsonl", "r+") as log:
+        first = json.loads(log.readline())
+        log.seek(0, 2)
+        for event in events:
+            if "config" in event or "processes" in event:
+                event = {**first, **event, "config": {**first["config"], **event.get("config", {})}}
+            log.write(json.dumps(event) + "\n")
+
+
+def test_an_evaluation_later_changes_neither_the_run_nor_its_hours(tmp_path):
+    folder = write_run(tmp_path / "a")
+    before = compare.read_run(folder)
+    add(folder, {"processes": 8}, {"event": "score", "step": 20, "task": "hellaswag", "convention": "harness", "n": 4, "acc_norm": 0.5},
+        {"config": {"val_tokens": 1000}}, {"event": "val", "step": 20, "loss": 9.0})  # fmt: skip
+    run = compare.read_run(folder)
+    assert (run.facts, run.val, run.train, run.changed) == (before.facts, before.val, before.train, [])
+    assert run.scores.keys() - before.scores.keys() == {("hellaswag", "harness")}
+
+
+def test_a_run_that_was_changed_midway_is_not_ranked_with_the_others(tmp_path, monkeypatch, capsys):
+    for name, fields in (("a", {}), ("b", {"n_layer": 3})):
+        write_run(tmp_path / name, **fields)
+    folder = write_run(tmp_path / "c", n_layer=4)
+    add(folder, {"config": {"max_lr": 1e-3}, "processes": 8}, {"event": "train", "step": 20, "ms": 100.0, "loss": 3.0}, {"event": "val", "step": 20, "loss": 2.0})
+    assert compare.read_run(folder).changed == ["max_lr"]
+    assert [event["processes"] for event in compare.read_run(folder).train.values()] == [1] * 20 + [8]
+    status, said = run_tool(monkeypatch, capsys, tmp_path / "a", tmp_path / "b", folder, "--out", tmp_path / "report")
+    assert status == 0 and "max_lr changed between its first step and its last" in said
+
+
+def test_only_what_is_the_papers_is_called_so(tmp_path):
+    rwkv = importlib.import_module("train_rwkv")
+    fields = {**vars(rwkv.Config()), **rwkv.RECIPE, "max_lr": 3e-3, "max_steps": 20}
+    run = compare.read_run(write_run(tmp_path / "rwkv", script="train_rwkv", own=fields))
+    recipe = compare.conditions(compare.Pool("rwkv", [run]))["recipe"]
+    assert recipe["max_lr"] == 3e-3 and recipe["beta2"] == "the paper's"
+
+
+def test_pooled_seeds_of_which_one_was_not_scored(tmp_path, monkeypatch, capsys):
+    for seed in range(3):
+        folder = write_run(tmp_path / f"r{seed}", seed=seed)
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(line for line in lines if '"score"' not in line))
+    write_run(tmp_path / "other", n_layer=3, seed=1)
+    status, said = run_tool(monkeypatch, capsys, *(tmp_path / f"r{seed}" for seed in range(3)), tmp_path / "other", "--out", tmp_path / "report")
+    assert status == 0 and "not tested" in said
 
 
 def test_expert_load_has_a_picture(tmp_path, monkeypatch, capsys):

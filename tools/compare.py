@@ -23,8 +23,9 @@ import math
 import statistics
 from pathlib import Path
 
+import torch
+
 import fineweb
-from tools.table import count_parameters
 
 BUDGET = 124_475_904
 # Okabe and Ito's colours, told apart by the colour-blind; with the dashes also in black and white
@@ -45,10 +46,11 @@ class Unreadable(Exception):
 
 @dataclasses.dataclass
 class Run:
-    """One run's log: facts of its last start, and by step what it logged (the last word on a step counts)."""
+    """One run's log: facts of its last start that trained, and by step what it logged (the last word on a step counts)."""
 
     folder: Path
     facts: dict
+    changed: list  # conditions that were not the same from its first step to its last
     train: dict
     val: dict
     scores: dict  # (task, convention) -> {step: result}
@@ -77,7 +79,7 @@ def read_run(folder):
     path = folder / "log.jsonl"
     if not path.is_file():
         raise Unreadable("has no log.jsonl")
-    facts, train, val, scores = None, {}, {}, {}
+    starts, trained, train, validated, scores = [], set(), {}, [], {}
     lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
@@ -87,18 +89,28 @@ def read_run(folder):
                 event["data"]["fingerprint"], event["flops_per_token"], event["parameters"], event["processes"]
                 if set(event["config"]) != set(importlib.import_module(event["script"]).Config.__dataclass_fields__):
                     raise Unreadable(f"it was written by another version of {event['script']}.py")
-                facts = event
+                starts.append(event)
             elif kind == "train":
-                train[event["step"]] = event
+                train[event["step"]] = event | {"processes": starts[-1]["processes"]}
+                trained.add(len(starts) - 1)
             elif kind == "val":
-                val[event["step"]] = float(event["loss"])
+                validated.append((starts[-1], event["step"], float(event["loss"])))
             elif kind == "score":
                 scores.setdefault((event["task"], event["convention"]), {})[event["step"]] = event
-        except (ValueError, KeyError, TypeError, ImportError):
+        except (ValueError, KeyError, TypeError, ImportError, IndexError):
             if number < len(lines):  # the last line of a run that is going on, or was killed, may be half there
                 raise Unreadable(f"line {number} of its log.jsonl is not an event of a run") from None
-    if facts is None:
+    if not starts:
         raise Unreadable("its log.jsonl does not say what run it is" if lines else "its log.jsonl is empty")
+    training = [starts[i] for i in sorted(trained)] or starts[-1:]
+    facts = training[-1]  # an --eval later may have had other options or processes
+
+    def fixed(start):
+        return {name: start["config"][name] for name in (*RECIPE_FIELDS, "max_steps", "batch_tokens", "val_tokens")} | start["data"]
+
+    changed = sorted({name for start in training for name, value in fixed(start).items() if value != fixed(facts)[name]})
+    val = {step: loss for start, step, loss in validated
+           if all(fixed(start)[name] == fixed(facts)[name] for name in ("val_tokens", "fingerprint"))}  # fmt: skip
     if not val:
         raise Unreadable("it was not validated even once")
     right = {}
@@ -108,7 +120,7 @@ def read_run(folder):
             right[key] = [a == b for a, b in zip(saved["predictions_norm"], saved["labels"], strict=True)]
         except (OSError, ValueError, KeyError):
             pass  # compared without the test on items, which then says so
-    return Run(folder, facts, train, val, scores, right)
+    return Run(folder, facts, changed, train, val, scores, right)
 
 
 @dataclasses.dataclass
@@ -133,10 +145,10 @@ class Pool:
         return statistics.mean(self.losses())
 
     def accuracy(self, key):
-        """Mean acc_norm over the seeds and its standard error over the items, or None if it wasn't scored."""
-        values = [run.scores[key][max(run.scores[key])]["acc_norm"] for run in self.runs if key in run.scores]
-        if not values:
+        """Mean acc_norm over the seeds and its standard error over the items, or None if not all were scored."""
+        if not all(key in run.scores for run in self.runs):
             return None
+        values = [run.scores[key][max(run.scores[key])]["acc_norm"] for run in self.runs]
         last = self.first.scores[key][max(self.first.scores[key])]
         mean = statistics.mean(values)
         return mean, math.sqrt(mean * (1 - mean) / last["n"])
@@ -153,7 +165,7 @@ def pool_runs(runs):
         varying = ("seed", "run_name", "data_dir", "hellaswag", "device", "micro_batch", "compile", "log_every", "prompt", "sample_tokens")
         same = {name: value for name, value in run.config.items() if name not in varying}
         alone = None if run.finished else str(run.folder)
-        pools.setdefault(json.dumps([run.facts["script"], same, run.facts["data"], alone], sort_keys=True), []).append(run)
+        pools.setdefault(json.dumps([run.facts["script"], same, run.facts["data"], run.changed, alone], sort_keys=True), []).append(run)
     names = [group[0].architecture for group in pools.values()]
     return [Pool(name if names.count(name) == 1 else f"{name} ({group[0].folder.name})", group)
             for name, group in zip(names, pools.values())]  # fmt: skip
@@ -168,13 +180,14 @@ def conditions(pool):
     run, config = pool.first, pool.first.config
     recipe = {name: config[name] for name in RECIPE_FIELDS}
     own = importlib.import_module(run.facts["script"]).RECIPE if config["recipe"] == "paper" else {}
-    for name in own:
-        recipe[name] = "the paper's"
+    for name, value in own.items():
+        if recipe.get(name) == value:
+            recipe[name] = "the paper's"
     return {"tokens": config["max_steps"] * config["batch_tokens"], "data": run.facts["data"]["fingerprint"],
             "training shards": config["train_shards"], "tokenizer": run.facts["data"]["tokenizer"],
             "block_size": config["block_size"], "batch_tokens": config["batch_tokens"], "validation tokens": config["val_tokens"],
             "seeds": sorted({other.config["seed"] for other in pool.runs}) if pool.finished else None,
-            "recipe": recipe, "over the budget": run.facts["parameters"] > BUDGET}  # fmt: skip
+            "recipe": recipe, "changed": run.changed, "over the budget": run.facts["parameters"] > BUDGET}  # fmt: skip
 
 
 def unlike(pool, reference):
@@ -189,6 +202,9 @@ def unlike(pool, reference):
         elif name == "over the budget":
             if ours[name]:
                 reasons.append(f"{pool.first.facts['parameters']:,} parameters are over the budget of {BUDGET:,}")
+        elif name == "changed":
+            if ours[name]:
+                reasons.append(f"{', '.join(ours[name])} changed between its first step and its last")
         elif name == "seeds":
             if ours[name] and theirs[name] and not set(ours[name]) & set(theirs[name]):
                 reasons.append(f"the order of the data is another (seed {ours[name]}, not {theirs[name]})")
@@ -288,6 +304,27 @@ def verdict(difference, p):
 # Tables
 
 
+def make_model(script, config):
+    """A script's model without memory for its weights."""
+    init, script.Model.init_weights = script.Model.init_weights, lambda self: None
+    try:
+        with torch.device("meta"):
+            return script.Model(config)
+    finally:
+        script.Model.init_weights = init
+
+
+def count_parameters(script, fields):
+    """(total, active per token) of a script's model: of routed experts, n_active of n_expert work on a token."""
+    model = make_model(script, script.Config(**fields))
+    total = active = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        routed = "experts" in name
+        active += parameter.numel() * model.config.n_active // model.config.n_expert if routed else parameter.numel()
+    return total, active
+
+
 def percent(value):
     return f"{100 * value[0]:.2f} ± {100 * value[1]:.2f}" if value else "–"
 
@@ -309,7 +346,7 @@ def leaderboard(pools, keys):
         sd = f" ± {statistics.stdev(pool.losses()):.4f}" if n > 1 else ""
         times = [event["ms"] for other in pool.runs for event in other.train.values()]
         speed = f"{batch / statistics.median(times) * 1000:,.0f}" if times else "–"
-        hours = statistics.mean(sum(event["ms"] for event in other.train.values()) * other.facts["processes"] / 3.6e6 for other in pool.runs)
+        hours = statistics.mean(sum(event["ms"] * event["processes"] for event in other.train.values()) / 3.6e6 for other in pool.runs)
         name = pool.name if pool.finished else f"{pool.name} (unfinished: step {run.steps} of {run.config['max_steps']})"
         rows.append([str(rank) if pool.finished else "–", name, f"{total:,}", f"{active:,}",
                      f"{3 * run.facts['flops_per_token'] * tokens:.2e}", f"{tokens:,}", f"{pool.loss():.4f}{sd}",
@@ -468,7 +505,7 @@ def save_reference(path, pools):
         # a t interval for the next run; from one run alone nothing is known of the spread, so one percent
         half = T_95[max(k for k in T_95 if k <= n - 1)] * statistics.stdev(values) * math.sqrt(1 + 1 / n) if n > 1 else 0.01 * mean
         lines.append({"step": step, "loss": mean, "low": mean - half, "high": mean + half, "n": n,
-                      "script": pools[0].first.facts["script"], "conditions": conditions(pools[0]) if step == 0 else None})  # fmt: skip
+                      "script": pools[0].first.facts["script"], "conditions": conditions(pools[0])})  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     fineweb.write_atomic(path, lambda f: f.write(content))
@@ -478,14 +515,20 @@ def save_reference(path, pools):
 def against(path, runs):
     """Says step by step whether runs are inside a reference band; returns how many were outside somewhere."""
     try:
-        band = {line["step"]: (line["low"], line["loss"], line["high"], line["n"]) for line in map(json.loads, path.read_text().splitlines())}
-    except (OSError, ValueError, KeyError, TypeError):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        band = {line["step"]: (line["low"], line["loss"], line["high"], line["n"]) for line in lines}
+        wanted = lines[0]["conditions"] | {"seeds": None, "script": lines[0]["script"]}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         fineweb.fail(f"{path} is not a reference: make one by --save_reference")
     outside = 0
     for run in runs:
         steps = sorted(set(run.val) & set(band))
         if not steps:
             fineweb.fail(f"{run.folder} and {path} have no validated step in common")
+        its = json.loads(json.dumps(conditions(Pool("", [run])))) | {"seeds": None, "script": run.facts["script"]}
+        for name in wanted:
+            if its[name] != wanted[name]:
+                print(f"note: {run.folder} has another {name} than the reference: {its[name]}, not {wanted[name]}")
         rows, wrong = [], 0
         for step in steps:
             low, mean, high, n = band[step]
