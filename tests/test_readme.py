@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import fineweb
+from tools import table
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -55,7 +56,7 @@ def test_no_placeholder_is_left():
     assert not re.search(r"\b(TODO|FIXME|XXX|[A-Z]+_(OUTPUT|LOSS|CLOZE|FIGURES|VERSIONS))\b", README)
 
 
-def test_the_table_is_what_the_tool_measures():
-    from tools import table
-
-    assert table.table() in README, "run `python -m tools.table --write`"
+@pytest.mark.parametrize("name", table.TABLES)
+def test_the_tables_are_what_the_tool_makes(name):
+    first, last = table.marks(name)
+    assert first + table.TABLES[name]() + last in README, "run `python -m tools.table --write`"

@@ -3,7 +3,7 @@ How fast do the scripts train on this machine, and how long will ten billion tok
 
     python -m tools.bench                              # a training step of every script at its real shapes
     python -m tools.bench gpt2 llama --micro_batch 2 4 --gpus 8
-    python -m tools.bench gpt2 --peers                 # beside transformers' class and the plain way, in turn
+    python -m tools.bench gpt2 --peers                 # beside transformers' class, the plain way, and GPT-2, in turn
     python -m tools.bench gpt2 --profile trace         # the ten dearest operations, and a trace for a viewer
     python -m tools.bench --tiny --json results/bench-tiny.json
 
@@ -48,7 +48,7 @@ def make_step(kind, script, config, device, autocast, compiles):
     """One of the things compared, as a function (idx, targets) -> loss that takes a whole training step.
 
     ours: the script's model, as its loop trains it. plain: the same model with all logits at once and AdamW as
-    it comes. transformers: that library's class of the same shape.
+    it comes. transformers: that library's class of the same shape. gpt2: the reference script's model.
     """
     torch.manual_seed(config.seed)
     if kind == "transformers":
@@ -65,12 +65,13 @@ def make_step(kind, script, config, device, autocast, compiles):
         model = script.Model(config).to(device)
         groups = model.optimizer_groups()
     net = torch.compile(model, dynamic=False) if compiles else model
-    fused = {"fused": device.type != "mps"} if kind == "ours" else {}
+    scripts = kind in ("ours", "gpt2")
+    fused = {"fused": device.type != "mps"} if scripts else {}
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(config.beta1, config.beta2), **fused)
 
     def step(idx, targets):
         with autocast:
-            if kind == "ours":
+            if scripts:
                 _, loss = net(idx, targets)
             else:
                 logits = net(idx).logits if kind == "transformers" else net(idx)[0]
@@ -79,7 +80,7 @@ def make_step(kind, script, config, device, autocast, compiles):
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if kind == "ours":
+        if scripts:
             model.after_step()
         return loss.item()  # waits for the device
 
@@ -100,14 +101,13 @@ def measured_peak(device, dtype):
 
 
 def counted_flops(model, device, config):
-    """FLOPs per token of a forward pass by torch's counter, which counts attention without its causal half left out."""
+    """FLOPs per token of a training forward pass by torch's counter, which counts attention's masked half too."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     idx = torch.zeros(1, config.block_size, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.eval()(idx, idx)
-    model.train()
+        model(idx, idx)
     return counter.get_total_flops() / config.block_size
 
 
@@ -118,7 +118,11 @@ def work(job):
     device, device_name, dtype, _ = script.start(config, 1)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
-    steps = {kind: make_step(kind, script, config, device, autocast, compiles) for kind in job["kinds"]}
+    steps = {}
+    for kind in job["kinds"]:
+        its = importlib.import_module("train_gpt2") if kind == "gpt2" else script
+        shared = {name: value for name, value in job["options"].items() if hasattr(its.Config, name)}
+        steps[kind] = make_step(kind, its, make_config(its, job | {"options": shared}), device, autocast, compiles)
     rows = job["micro_batch"] or script.find_micro_batch(config, 64, device, autocast)
     torch.manual_seed(0)
     rates = {kind: [] for kind in steps}
@@ -164,6 +168,11 @@ def profile(step, idx, device, folder, name):
     print(profiler.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=40), file=sys.stderr)
 
 
+def peers(name):
+    """What a script is compared with."""
+    return (["transformers"] if name in HF_CLASSES else []) + (["plain"] if name == "gpt2" else ["gpt2"])
+
+
 def run(**job):
     """Measures a job in a fresh process; returns its result as a dict."""
     process = subprocess.run([sys.executable, "-m", "tools.bench", "--job", json.dumps(job)], cwd=ROOT,
@@ -185,7 +194,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="measured steps")
     parser.add_argument("--warm_up", type=int, default=2, help="steps before them")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8], help="devices to estimate the hours for")
-    parser.add_argument("--peers", action="store_true", help="compare with transformers and, for gpt2, the plain way")
+    parser.add_argument("--peers", action="store_true", help="compare with transformers, the plain way and GPT-2")
     parser.add_argument("--profile", metavar="FOLDER", help="write a trace, print the dearest operations")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values for Config fields")
@@ -198,20 +207,26 @@ def main():
             fineweb.fail(f"there is no {name}: choose from {', '.join(names())}")
     options = {}
     for setting in args.set:
-        name, _, value = setting.partition("=")
-        field = importlib.import_module("train_gpt2").Config.__dataclass_fields__.get(name)
-        if field is None:
-            fineweb.fail(f"--set {setting}: there is no option {name} that all scripts have")
-        options[name] = field.type(value)
+        option, _, value = setting.partition("=")
+        for name in args.names or names():
+            field = importlib.import_module(f"train_{name}").Config.__dataclass_fields__.get(option)
+            if field is None:
+                fineweb.fail(f"--set {setting}: train_{name}.py has no option {option}")
+            try:
+                options[option] = field.type(value)
+            except ValueError:
+                fineweb.fail(f"--set {setting}: {value!r} is not of type {field.type.__name__}")
     if args.repeats < 1 or args.warm_up < 0 or min(args.micro_batch or [1]) < 1:
         fineweb.fail("--repeats and --micro_batch must be at least 1, --warm_up at least 0")
     on_cpu = options.get("device", "auto") == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    git = subprocess.run("git describe --always --dirty --exclude=*", shell=True, cwd=ROOT, capture_output=True, text=True)
     results = []
     for name in args.names or names():
         for rows in args.micro_batch or [16 if args.tiny else 2 if on_cpu else 0]:
             job = dict(name=name, micro_batch=rows, tiny=args.tiny, options=options, repeats=args.repeats,
                        warm_up=args.warm_up, profile=args.profile, memory_only=False)  # fmt: skip
             result = run(kinds=["ours"], **job)
+            job["micro_batch"] = result["micro_batch"]  # the peers' too
             results.append(result)
             rate = statistics.median(result["rates"]["ours"])
             mfu = 3 * result["flops_per_token"] * rate / result["peak_flops"]
@@ -222,20 +237,23 @@ def main():
                       f"{result['peak_flops'] / 1e12:.2f} TFLOP/s")  # fmt: skip
             print(f"{name:9} micro-batch {result['micro_batch']:3} | {spread(result['rates']['ours'])} tok/s | MFU {mfu:.1%}"
                   f" | {result['memory'] / 1e9:.2f} GB | 10B tokens: {hours}", flush=True)  # fmt: skip
-            for peer in (["transformers"] if name in HF_CLASSES else []) + (["plain"] if name == "gpt2" else []):
-                if not args.peers:
-                    continue
-                both = run(kinds=["ours", peer], **job | {"memory_only": True, "profile": None})
-                alone = run(kinds=[peer], **job | {"memory_only": True, "profile": None, "repeats": 2})
+            for peer in peers(name) if args.peers else []:
+                # transformers has no multi-token prediction, so that it is off in the comparison
+                alike = {"mtp_depth": "0"} if peer == "transformers" and name == "deepseek" else {}
+                job |= {"memory_only": True, "profile": None, "options": options | alike}
+                both = run(kinds=["ours", peer], **job)
                 ratios = [a / b for a, b in zip(both["rates"]["ours"], both["rates"][peer])]
-                both["peer_memory"], both["our_memory"] = alone["memory"], result["memory"]
+                line = f"{'':9} / {peer:14} | {spread(ratios, 2)} x its tok/s"
+                if peer != "gpt2":
+                    both["our_memory"] = run(kinds=["ours"], **job)["memory"] if alike else result["memory"]
+                    both["peer_memory"] = run(kinds=[peer], **job)["memory"]
+                    line += f" | {both['our_memory'] / both['peer_memory']:.2f} x its {both['peer_memory'] / 1e9:.2f} GB"
                 results.append(both)
-                print(f"{'':9} / {peer:14} | {spread(ratios, 2)} x its tok/s | "
-                      f"{result['memory'] / alone['memory']:.2f} x its {alone['memory'] / 1e9:.2f} GB", flush=True)  # fmt: skip
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        command = "python -m tools.bench " + " ".join(sys.argv[1:])
-        args.json.write_text(json.dumps({"command": command, "cpus": os.cpu_count(), "results": results}, indent=1))
+                print(line + (" (both without MTP)" if alike else ""), flush=True)
+            if args.json:  # after each, so that an end in the middle loses nothing
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                facts = {"command": "python -m tools.bench " + " ".join(sys.argv[1:]), "git": git.stdout.strip(), "cpus": os.cpu_count()}
+                args.json.write_text(json.dumps({**facts, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
