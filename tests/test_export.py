@@ -80,7 +80,17 @@ def test_out_and_back_in_is_the_same_model_and_the_script_takes_it(name, tmp_pat
     assert (tmp_path / "log/again/step_000002.pt").exists()
 
 
-@pytest.mark.skipif(not (ROOT / "train_mta.py").exists(), reason="train_mta.py is not here")
+def test_rwkv_comes_out_as_the_file_that_its_package_loads(tmp_path, monkeypatch):
+    """test_rwkv.py runs the package on these names and compares the logits."""
+    model = trained("rwkv", tmp_path / "log")
+    run(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
+    weights = torch.load(tmp_path / "out/model.pth", weights_only=True)
+    expected = mapping.to_official_rwkv(model.state_dict(), model.config)
+    assert weights.keys() == expected.keys() and "blocks.0.att.receptance.weight" in weights
+    assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
+    assert torch.equal(weights["head.weight"], weights["emb.weight"])
+
+
 def test_mta_comes_out_under_its_own_names(tmp_path, monkeypatch, capsys):
     from safetensors.torch import load_file
 
@@ -112,6 +122,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "relu")
     with pytest.raises(SystemExit, match="has activation_function = relu, train_gpt2.py has gelu_new"):
         run(monkeypatch, "--from", tmp_path / "relu", "--out", tmp_path / "in")
+    config = transformers.GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=64, n_inner=96)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(SystemExit, match="n_inner|don't fit train_gpt2.py"):
+        run(monkeypatch, "--from", tmp_path / "narrow", "--out", tmp_path / "in")
     config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="a vocabulary of 300, which is neither GPT-2's nor bytes"):

@@ -143,7 +143,8 @@ def work(job):
               "block_size": config.block_size, "rates": rates, "memory": memory}  # fmt: skip
     if "ours" in steps:
         model = steps["ours"].model
-        known = next((peak for name, peak in script.PEAK_FLOPS.items() if name in device_name), None)
+        sheet = script.PEAK_FLOPS if dtype != torch.float32 else {}
+        known = next((peak for name, peak in sheet.items() if name in device_name), None)
         result["parameters"] = sum(p.numel() for p in model.parameters())
         result["flops_per_token"] = model.flops_per_token()
         if job["profile"]:
@@ -241,14 +242,19 @@ def main():
                 # transformers has no multi-token prediction, so that it is off in the comparison
                 alike = {"mtp_depth": "0"} if peer == "transformers" and name == "deepseek" else {}
                 job |= {"memory_only": True, "profile": None, "options": options | alike}
-                both = run(kinds=["ours", peer], **job)
+                try:
+                    both = run(kinds=["ours", peer], **job)
+                    if peer != "gpt2":
+                        both["our_memory"] = run(kinds=["ours"], **job)["memory"] if alike else result["memory"]
+                        both["peer_memory"] = run(kinds=[peer], **job)["memory"]
+                except SystemExit as failure:  # on a GPU a peer may not fit where ours does
+                    print(f"{'':9} / {peer:14} | {failure}", flush=True)
+                    continue
+                results.append(both)
                 ratios = [a / b for a, b in zip(both["rates"]["ours"], both["rates"][peer])]
                 line = f"{'':9} / {peer:14} | {spread(ratios, 2)} x its tok/s"
                 if peer != "gpt2":
-                    both["our_memory"] = run(kinds=["ours"], **job)["memory"] if alike else result["memory"]
-                    both["peer_memory"] = run(kinds=[peer], **job)["memory"]
                     line += f" | {both['our_memory'] / both['peer_memory']:.2f} x its {both['peer_memory'] / 1e9:.2f} GB"
-                results.append(both)
                 print(line + (" (both without MTP)" if alike else ""), flush=True)
             if args.json:  # after each, so that an end in the middle loses nothing
                 args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,10 @@ def import_weights(source, out):
             fineweb.fail(f"{source} has {field} = {value}, train_{name}.py has {expected[field]}: its weights don't fit")
     weights = getattr(mapping, f"from_hf_{name}")(theirs.state_dict(), config)
     model = script.Model(config)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        fineweb.fail(f"{source}: its weights don't fit train_{name}.py: {str(error).splitlines()[-1].strip()}")
     tokenizers = {257: "bytes"} | {size: "gpt2" for size in range(50_257, 50_305)}
     if config.vocab_size not in tokenizers:
         fineweb.fail(f"{source} has a vocabulary of {config.vocab_size:,}, which is neither GPT-2's nor bytes")
