@@ -380,9 +380,13 @@ def spread_labels(axis, ends, gap=0.045):
     low, high = axis.get_ylim()
     log = axis.get_yscale() == "log"
     place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
-    at = -1.0
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-        at = max(at + gap, place(y))
+    ends = sorted(ends, key=lambda end: end[2])
+    heights = []
+    for _, _, y, _ in ends:
+        heights.append(max(place(y), heights[-1] + gap if heights else 0.0))
+    for i in range(len(ends) - 1, -1, -1):  # down again where they left the picture
+        heights[i] = min(heights[i], heights[i + 1] - gap if i + 1 < len(ends) else 1.0)
+    for (name, x, y, colour), at in zip(ends, heights):
         axis.annotate(name, (x, y), xytext=(1.02, at), textcoords="axes fraction", color=colour, fontsize=8, va="center",
                       arrowprops=dict(arrowstyle="-", relpos=(0, 0.5), color=colour, lw=0.4))  # fmt: skip
 
