@@ -11,7 +11,7 @@ loss. While training, a further block also predicts the token after the next (MT
 0.86 times the operations of GPT-2's. Unlike the original, the head is tied to the embedding, as in all of
 these scripts; and as in the released code, nothing is multiplied at the width bottlenecks (section 4.2).
 
-    python train_deepseek.py --tiny                               # two minutes on a laptop, no GPU, no network
+    python train_deepseek.py --tiny                               # a few minutes on a laptop, no GPU, no network
     python train_deepseek.py                                      # one GPU; the micro-batch is the largest that fits
     torchrun --standalone --nproc_per_node=8 train_deepseek.py    # one node of eight: the same run, faster
     python train_deepseek.py --resume                             # go on from the newest checkpoint

@@ -6,7 +6,7 @@ Against GPT-2: five layers of six attend to the last 256 tokens only; rotary pos
 before and after attention and MLP; a GeGLU MLP; the embedding scaled by sqrt(C); no biases. The shape is that of the
 270M model, with a smaller MLP and window. 123,673,216 parameters with the vocabulary padded to 50,304.
 
-    python train_gemma.py --tiny                              # two minutes on a laptop, no GPU, no network
+    python train_gemma.py --tiny                              # a few minutes on a laptop, no GPU, no network
     python train_gemma.py                                     # one GPU; the micro-batch is the largest that fits
     torchrun --standalone --nproc_per_node=8 train_gemma.py   # one node of eight: the same run, faster
     python train_gemma.py --resume                            # go on from the newest checkpoint

@@ -7,7 +7,7 @@ heads, both before the softmax and after it; then each head's output is normalis
 rotary positions, RMSNorm, a SwiGLU MLP, no biases. Sizes follow the released configurations, the head is tied to
 the embedding. 123,597,084 parameters with the vocabulary padded to 50,304.
 
-    python train_mta.py --tiny                                # two minutes on a laptop, no GPU, no network
+    python train_mta.py --tiny                                # a few minutes on a laptop, no GPU, no network
     python train_mta.py                                       # one GPU; the micro-batch is the largest that fits
     torchrun --standalone --nproc_per_node=8 train_mta.py     # one node of eight: the same run, faster
     python train_mta.py --resume                              # go on from the newest checkpoint

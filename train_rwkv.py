@@ -8,7 +8,7 @@ matrix products. There are no positions; a token is mixed with the one before it
 The MLP squares a ReLU and is 3.67C wide instead of 4C, the price of the budget; head and embedding are tied,
 which the authors' models don't do. 124,286,208 parameters with the vocabulary padded to 50,304.
 
-    python train_rwkv.py --tiny                               # two minutes on a laptop, no GPU, no network
+    python train_rwkv.py --tiny                               # a few minutes on a laptop, no GPU, no network
     python train_rwkv.py                                      # one GPU; the micro-batch is the largest that fits
     torchrun --standalone --nproc_per_node=8 train_rwkv.py    # one node of eight: the same run, faster
     python train_rwkv.py --resume                             # go on from the newest checkpoint
