@@ -312,7 +312,7 @@ class Model(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits x @ weight.T, of which never more than a sixteenth exists at a time.
+    """Mean cross-entropy of logits x @ weight.T, of which only a sixteenth, or 512 rows, exist at a time.
 
     x (N, C), weight (V, C), targets (N,) -> scalar. The gradient of the logits, softmax minus one-hot, is
     formed and used up while a chunk's logits are there, so that backward only scales what forward left.
@@ -322,16 +322,18 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets, with_grad):
         device, n = x.device.type, len(x)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, w, size, total = x.to(dtype), weight.to(dtype), max(256, -(-n // 16)), 0.0
+        x, w, size, total = x.to(dtype), weight.to(dtype), min(n, max(512, -(-n // 16))), 0.0
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
+        room = x.new_empty(size, len(w))  # for all chunks: a CPU pays for the first touch of new memory
         for at in range(0, n, size):
             chunk, target = x[at : at + size], targets[at : at + size, None]
-            logits = (chunk @ w.T).to(torch.promote_types(dtype, torch.float32))
+            logits = torch.mm(chunk, w.T, out=room[: len(chunk)]).to(torch.promote_types(dtype, torch.float32))
             top, wanted = logits.amax(-1, keepdim=True), logits.gather(-1, target)
             sums = logits.sub_(top).exp_().sum(-1, keepdim=True)  # in place: logsumexp would copy the logits
-            total = total + (sums.log() + top - wanted).sum()
-            if with_grad:
-                dlogits = logits.div_(sums).scatter_add_(-1, target, torch.full_like(top, -1.0)).to(dtype)
+            losses = sums.log() + top - wanted
+            total = total + losses.sum()
+            if with_grad:  # softmax, and at the target softmax - 1 = expm1(-loss)
+                dlogits = logits.div_(sums).to(dtype).scatter_(-1, target, torch.expm1(-losses).to(dtype))
                 dx[at : at + size] = dlogits @ w
                 if dtype == dw.dtype:
                     dw.addmm_(dlogits.T, chunk)
@@ -476,11 +478,11 @@ def validate(model, windows, micro_batch, rank, world, device, autocast):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompt, n_samples, n_tokens, seed, device, autocast):
-    """n_samples texts that continue the prompt by n_tokens tokens, each drawn from the 50 likeliest."""
+def generate(model, tokenizer, prompt, n_samples, config, device, autocast):
+    """n_samples texts that continue the prompt by sample_tokens tokens, each drawn from the 50 likeliest."""
     idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]] * n_samples, device=device)
-    generator, state = torch.Generator(device).manual_seed(seed), None
-    for _ in range(n_tokens):
+    generator, state = torch.Generator(device).manual_seed(config.seed), None
+    for _ in range(config.sample_tokens):
         with autocast:
             logits, state = model.decode(idx, state)
         top = logits[:, : tokenizer.n_vocab].float().topk(50)  # the ids beyond n_vocab are padding
@@ -525,10 +527,9 @@ def main():
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     model.to(device)
-    sampling = (config.sample_tokens, config.seed, device, autocast)
     if todo.sample is not None:
         tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
-        return say("\n".join(generate(model.eval(), tokenizer, todo.sample, 4, *sampling)))
+        return say("\n".join(generate(model.eval(), tokenizer, todo.sample, 4, config, device, autocast)))
     batch_rows = config.batch_tokens // config.block_size
     micro_batch = find_micro_batch(config, batch_rows // world, device, autocast)
     micro_steps = batch_rows // world // micro_batch
@@ -599,7 +600,7 @@ def main():
             for old in sorted(folder.glob("step_*.pt"))[:-2]:
                 old.unlink()
             say(f"step {step:05d} | saved {folder}/step_{step:06d}.pt")
-        for text in generate(model, tokenizer, config.prompt, 2, *sampling) if due and tokenizer else []:
+        for text in generate(model, tokenizer, config.prompt, 2, config, device, autocast) if due and tokenizer else []:
             log("sample", step=step, text=text)
             say(f"step {step:05d} > {text!r}")
         if stopping or step == last_step:
@@ -631,7 +632,6 @@ def main():
         if not math.isfinite(loss) or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; last good checkpoint: "
                  f"{max(folder.glob('step_*.pt'), default='none yet')}")
-
         pace = seconds if step <= first_step + 1 else 0.9 * pace + 0.1 * seconds  # the first step compiles
         log("train", step=step, loss=loss, lr=lr, norm=norm if math.isfinite(norm) else None, ms=1000 * seconds, **figures)
         line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms"

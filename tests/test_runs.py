@@ -115,8 +115,8 @@ def test_padded_ids_are_never_sampled():
             return logits, state
 
     tokenizer = fineweb.get_tokenizer("bytes")
-    off = torch.autocast("cpu", enabled=False)
-    (text,) = train_gpt2.generate(Padding(), tokenizer, "a", 1, 300, 0, torch.device("cpu"), off)
+    config, off = train_gpt2.Config(sample_tokens=300, seed=0), torch.autocast("cpu", enabled=False)
+    (text,) = train_gpt2.generate(Padding(), tokenizer, "a", 1, config, torch.device("cpu"), off)
     assert text.startswith("a") and len(text) > 200
 
 
