@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import assert_close
 
 import train_deepseek
 from tools.bench_parts import experts_by_loop
@@ -38,11 +39,6 @@ def batch(rows=3, length=24, seed=1):
 
 def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_close(ours, theirs, relative, what=""):
-    error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)
-    assert error <= relative, f"{what}: relative error {error:.1e}"
 
 
 # ---- against transformers

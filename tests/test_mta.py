@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import assert_close
 
 import train_mta
 from train_mta import Attention, Config, Model, convolve, rope_table
@@ -19,11 +20,6 @@ def perturbed(config, dtype=torch.float32):
         small = parameter.dim() > 1 and "mix" not in name and "conv" not in name
         parameter.data += (0.05 if small else 0.3) * torch.randn_like(parameter)
     return model
-
-
-def assert_close(ours, theirs, relative, what=""):
-    error = (ours - theirs).abs().max() / theirs.abs().max()
-    assert error <= relative, f"{what}: relative error {error:.1e}"
 
 
 # ---- the equations once more, in fp64 and without a line of the script
