@@ -410,7 +410,8 @@ def start(config, world):
         dtype, why = "bfloat16", "the GPU has it"
     else:
         dtype, why = "float16", "the GPU has no bfloat16; with a loss scaler"
-    if world > 1:
+    if world > 1:  # first the import of _dynamo: what it imports would hold the group, and its threads, to the very end
+        torch._dynamo.config.optimize_ddp = False  # True cuts the graph into buckets; gradients are sent once a step only
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device, torch.cuda.get_device_name(device) if kind == "cuda" else kind, getattr(torch, dtype), why
 
@@ -555,10 +556,10 @@ def main():
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was off
         torch.set_rng_state(checkpoint["rng"])
     compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
-    torch._dynamo.config.optimize_ddp = False  # True cuts the graph into buckets; gradients are sent once a step only
-    compiled = torch.compile(model, dynamic=False) if compiles else model
-    ddp = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
-    net = nn.parallel.DistributedDataParallel(compiled, **ddp) if world > 1 else compiled
+    net = compiled = torch.compile(model, dynamic=False) if compiles else model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False  # they are each process's own; as an argument it is deprecated from torch 2.13 on
 
     # ---- the data
     if todo.tiny and config.data_dir == TINY_RUN["data_dir"] and rank == 0:
@@ -644,8 +645,7 @@ def main():
         loss, stopping = over_ranks([loss.item() / world, len(stop)], device)
         norm, seconds = norm.item(), time.perf_counter() - began
         if not math.isfinite(loss) or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; last good checkpoint: "
-                 f"{max(folder.glob('step_*.pt'), default='none yet')}")
+            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; the last good checkpoint, if any, is in {folder}")
         pace = seconds if step <= first_step + 1 else 0.9 * pace + 0.1 * seconds  # the first step compiles
         log("train", step=step, loss=loss, lr=lr, norm=norm if math.isfinite(norm) else None, ms=1000 * seconds, **figures)
         line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms"
@@ -654,9 +654,9 @@ def main():
         line += f" | MFU {3 * facts['flops_per_token'] * config.batch_tokens / seconds / (peak * world):.1%}" if peak else ""
         if step % config.log_every == 0:
             say(line)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():  # not in main, where DDP holds the group: its threads must end before Python does
+        dist.destroy_process_group()

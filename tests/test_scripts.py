@@ -268,13 +268,25 @@ def test_resume_eval_and_sample(script, run, small_sample, tmp_path):
     assert status == 0 and said.count("The ") >= 4, said
 
 
+WATCHED = """\
+import pathlib, runpy, sys
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("left:", *{task.joinpath("comm").read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*")})
+"""  # runs a script and names the threads that it leaves, where the system tells
+
+
 def test_two_processes_equal_one(script, run, small_sample, tmp_path):
     options = [*SHORT, f"--data_dir={small_sample}", "--eval_every=9", "--max_steps=3", "--micro_batch=4"]
     assert run(script, *options, "--run_name=one")[0] == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__, *options]
-    result = subprocess.run([*command, "--run_name=two"], cwd=tmp_path, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    (tmp_path / "watched.py").write_text(WATCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "watched.py",
+               script.__file__, *options, "--run_name=two"]  # fmt: skip
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert result.returncode == 0 and "Warning" not in result.stderr, result.stdout + result.stderr
+    # a thread of the process group that outlives it can abort Python's exit: seen once in some hundred runs
+    assert result.stdout.count("left:") == 2 and "gloo" not in result.stdout.split("left:", 1)[1], result.stdout
     assert train_losses(tmp_path / "log/two") == pytest.approx(train_losses(tmp_path / "log/one"), rel=1e-4)
     one, two = (load(tmp_path / "log" / name, 3)["model"] for name in ("one", "two"))
     for name, tensor in one.items():
