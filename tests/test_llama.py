@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from parity import (assert_close, assert_compiles, assert_names_go_there_and_back, assert_parity,
+from parity import (assert_close, assert_names_go_there_and_back, assert_parity,
                     assert_recomputing_pays, perturbed, real_size)  # fmt: skip
 
 import train_llama
@@ -43,11 +43,6 @@ def test_norm_is_rounded_where_the_reference_does(dtype):
     assert torch.equal(ours(x), theirs(x))
     small = (1e-3 * torch.randn(40, 64)).to(dtype)  # its square is below eps
     assert torch.equal(ours(small), theirs(small))
-
-
-def test_training_compiles_into_one_graph():
-    model = perturbed(train_llama, **SMALL)
-    assert_compiles(model, torch.randint(300, (2, 24)))
 
 
 def test_autocast_and_fp64():

@@ -295,9 +295,9 @@ def test_two_processes_equal_one(script, run, small_sample, tmp_path):
         assert apart <= tensor.numel() // 10_000, f"{name}: {apart} of {tensor.numel()} differ"
 
 
-def test_a_tiny_run_learns(script, run, sample, tmp_path):
-    options = ["--tiny", f"--data_dir={sample}", "--max_steps=50", "--warmup_steps=10", "--eval_every=50", "--val_tokens=8192",
-               "--run_name=a"]  # fmt: skip
+def test_a_tiny_run_learns(script, run, small_sample, tmp_path):
+    options = ["--tiny", f"--data_dir={small_sample}", "--max_steps=50", "--warmup_steps=10", "--eval_every=50",
+               "--val_tokens=8192", "--sample_tokens=8", "--run_name=a"]  # fmt: skip
     status, said = run(script, *options)
     assert status == 0, said
     losses = train_losses(tmp_path / "log/a")
