@@ -68,7 +68,7 @@ def real_size(name, script, monkeypatch):
 
 
 def gradients(model, idx):
-    """{name: gradient} of the mean loss ."""
+    """{name: gradient} of the mean loss."""
     model.zero_grad()
     _, loss = model(idx, idx.roll(1, 1))
     loss.backward()
