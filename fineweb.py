@@ -1,5 +1,5 @@
 """
-FineWeb as token shards: the writer (run this file) and the loader (imported by the training scripts).
+FineWeb as token shards: the writer (run this file) and the loader (the training scripts import it).
 
     python fineweb.py                          # FineWeb sample-10BT, tokenised here -> data/fineweb10B
     python fineweb.py --shards 10              # a small start; run again with more to continue
@@ -9,10 +9,16 @@ FineWeb as token shards: the writer (run this file) and the loader (imported by 
     python fineweb.py --sample                 # 5 MB of English that every machine has, no network
     python fineweb.py --verify --out DIR       # check every shard against the manifest
 
-Every command can be killed at any time and run again: it goes on after the last finished shard and the
-bytes come out the same. A shard is 256 int32 (magic 20240520, version 1, token count) and then uint16
-tokens, the format of llm.c and modded-nanogpt; every document starts with <|endoftext|>; the first shard
-is for validation. manifest.json beside them names the tokenizer, the source and each shard's checksum.
+Every command can be killed at any time and run again: it goes on after the last finished shard, and
+the bytes come out the same.
+
+A shard is a file in the format of llm.c and modded-nanogpt:
+
+    256 int32     header: magic 20240520, version 1, number of tokens, then zeros
+    n uint16      the tokens; every document starts with <|endoftext|>
+
+The first shard is for validation. manifest.json beside the shards names the tokenizer, the source and
+each shard's checksum.
 """
 import argparse
 import collections
@@ -22,6 +28,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import mmap
 import multiprocessing
 import os
 import re
@@ -37,158 +44,43 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-# torch, pyarrow, huggingface_hub and tqdm are imported where they are used: a tokenizer worker needs none of
-# them, and importing torch alone would cost each worker 200 MB.
+# torch, pyarrow, huggingface_hub and tqdm are imported where they are used: a tokenizer process needs
+# at most one of them, and torch alone would cost each process 200 MB.
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000
-DATASETS = {  # name: (text repository, folder in it, repository of ready-made shards, default folder here)
-    "fineweb": ("HuggingFaceFW/fineweb", "sample/10BT", "kjj0/fineweb10B-gpt2", "data/fineweb10B"),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT", "kjj0/finewebedu10B-gpt2", "data/fineweb-edu10B"),
-}
 VOCAB_SIZE = {"gpt2": 50257, "bytes": 257}  # the last id is <|endoftext|>
 
+DATASETS = {
+    "fineweb": {
+        "repository": "HuggingFaceFW/fineweb",
+        "folder": "sample/10BT",  # in the repository
+        "ready_made": "kjj0/fineweb10B-gpt2",  # repository of its shards
+        "out": "data/fineweb10B",
+    },
+    "fineweb-edu": {
+        "repository": "HuggingFaceFW/fineweb-edu",
+        "folder": "sample/10BT",
+        "ready_made": "kjj0/finewebedu10B-gpt2",
+        "out": "data/fineweb-edu10B",
+    },
+}
+SAMPLE = "data/sample"
 
-def fail(message):
-    """Ends the program with one line on stderr and exit status 1 (of a node's processes the first speaks)."""
-    raise SystemExit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
-
-
-def say(message):
-    """Prints a line at once, on the first of all processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
-def parse_strictly(parser):
-    """The parsed command line; a wrong name or value is answered in one line (SystemExit), with the closest name."""
-    parser.allow_abbrev, parser.error = False, fail
-    args, unknown = parser.parse_known_args()
-    if unknown:
-        names = [action.option_strings[-1] for action in parser._actions if action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0)
-        fail(f"unknown option {unknown[0]}: did you mean {close[0]}? (--help lists them all)")
-    return args
-
-
-def option(default, help, choices=None, zero=False):
-    """A dataclass field that parse_options() makes the command-line option --name too; zero: a number that may be 0."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "zero": zero})
+# The training scripts' defaults: next_command() scales them down to a smaller dataset.
+BATCH_TOKENS = 2**19
+MAX_STEPS = 19_073
+WARMUP_STEPS = 715
 
 
-def parse_options(parser, Config):
-    """(the fields of dataclass Config given on the command line as a dict, the parser's own options)."""
-    for field in dataclasses.fields(Config):
-        # torchrun takes --run for an abbreviation of an option of its own, so the full name is --run_name
-        names = ["--run_name", "--run"] if field.name == "run_name" else [f"--{field.name}"]
-        parser.add_argument(*names, dest=field.name, type=field.type, choices=field.metadata["choices"], metavar="",
-                            default=argparse.SUPPRESS, help=f"{field.metadata['help']} [{field.default}]")
-    args = parse_strictly(parser)
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if field.name in args}, args
-
-
-def open_log(path, step):
-    """A run's log.jsonl for appending, without what it says of step and later ones: they are coming again.
-
-    path None: a file that keeps nothing, for the processes that don't log.
-    """
-    if path is None:
-        return open(os.devnull, "w")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        try:
-            if json.loads(line).get("step", -1) < step:
-                kept.append(line)
-        except ValueError:  # the half line of a killed run
-            pass
-    write_atomic(path, lambda f: f.write("".join(kept).encode()))
-    return open(path, "a", buffering=1)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def get_tokenizer(name):
-    """The tiktoken.Encoding called name: "gpt2", or "bytes" (256 byte values and end-of-text).
-
-    GPT-2's vocabulary comes from data/gpt2/{vocab.bpe,encoder.json} if they are there, else from tiktoken's
-    cache or its download. Raises SystemExit with the ways out if it can't be had, or for an unknown name.
-    """
-    if name == "bytes":
-        return tiktoken.Encoding(
-            "bytes",
-            pat_str=r"[\s\S]{1,64}",  # no merges, so where the text is cut does not matter
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 256},
-        )
-    if name != "gpt2":
-        fail(f"unknown tokenizer {name!r}: there are {' and '.join(VOCAB_SIZE)}")
-    try:
-        folder = Path("data/gpt2")
-        if not (folder / "vocab.bpe").exists():
-            return tiktoken.get_encoding("gpt2")
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-        from tiktoken_ext.openai_public import r50k_pat_str
-
-        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
-        return tiktoken.Encoding(
-            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
-        )
-    except Exception as error:  # whatever network, proxy or file it was: the way out is the same
-        fail(
-            f"GPT-2's vocabulary can't be had ({type(error).__name__}): connect to the network once, set "
-            "TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or put vocab.bpe and encoder.json into data/gpt2/"
-        )
-
-
-def try_tokenizer(name):
-    """get_tokenizer(name), or None, with a line that says what will be missing."""
-    try:
-        return get_tokenizer(name)
-    except SystemExit as reason:
-        say(f"no samples and no HellaSwag: {reason}")
-        return None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Files that are whole or not there
-
-
-def write_atomic(path, write):
-    """Makes path by write(f), f a binary file: whenever the machine stops, path is the old file or the whole new."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        partial.unlink(missing_ok=True)
-        fail(f"{path} can't be written ({error}): make room, then run the same command again to go on")
-
-
-def read_manifest(folder):
-    """The folder's manifest.json as a dict, or None if there is none. Raises SystemExit if it is unreadable."""
-    path = Path(folder) / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-        manifest["tokenizer"], manifest["vocab_size"], manifest["shards"]
-        return manifest
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path} is not a manifest of this program: remove the folder and write the shards again")
-
-
-def write_manifest(folder, manifest):
-    write_atomic(Path(folder) / "manifest.json", lambda f: f.write(json.dumps(manifest, indent=1).encode()))
+# ==================================================================================================
+# File format
 
 
 def shard_header(n_tokens):
+    """The first 1,024 bytes of a shard."""
     header = np.zeros(256, dtype=np.int32)
     header[:3] = MAGIC, VERSION, n_tokens
     return header.tobytes()
@@ -204,162 +96,283 @@ def shard_tokens(path):
     with open(path, "rb") as f:
         header = np.frombuffer(f.read(HEADER_BYTES), dtype=np.int32)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        fail(f"{path} is not a token shard (magic {MAGIC}, version {VERSION}): remove it, or write it again")
-    n_tokens, size = int(header[2]), path.stat().st_size
-    if size != HEADER_BYTES + 2 * n_tokens:
-        fail(f"{path} is truncated ({size:,} of {HEADER_BYTES + 2 * n_tokens:,} bytes): remove it and run the "
-             "fineweb.py command that made it again")
+        fail(f"{path} is not a token shard (magic {MAGIC}, version {VERSION}): "
+             "remove it, or write it again")
+    n_tokens = int(header[2])
+    size = path.stat().st_size
+    expected = HEADER_BYTES + 2 * n_tokens
+    if size != expected:
+        fail(f"{path} is truncated ({size:,} of {expected:,} bytes): "
+             "remove it and run the fineweb.py command that made it again")
     return n_tokens
 
 
+# manifest.json is one object:
+#   dataset, revision, files    the source; files in the order in which they are read
+#   tokenizer, vocab_size
+#   shard_tokens, val_tokens    size of a training shard and of the first one (not if ready-made)
+#   complete                    true once the source has been read to its end
+#   shards                      a list of {name, tokens, sha256, next}, where next is the place where
+#                               the next shard begins: [file, document, tokens of it already written]
+
+
+def read_manifest(folder):
+    """The folder's manifest.json as a dict, None if there is none; SystemExit if it is unreadable."""
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        complete = {"tokenizer", "vocab_size", "shards"} <= manifest.keys()
+    except (ValueError, AttributeError):
+        complete = False
+    if not complete:
+        fail(f"{path} is not a manifest of fineweb.py: remove the folder and write the shards again")
+    return manifest
+
+
+def write_manifest(folder, manifest):
+    content = json.dumps(manifest, indent=1).encode()
+    write_atomic(Path(folder) / "manifest.json", lambda f: f.write(content))
+
+
+def open_manifest(folder, wanted):
+    """The folder's manifest, or a new one; wanted: {key: value} that it must agree with.
+
+    Raises SystemExit if the folder holds shards of something else.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if list(folder.glob("*.bin")):
+            fail(f"{folder} holds shards without a manifest.json: "
+                 "choose another --out, or remove them")
+        return {**wanted, "complete": False, "shards": []}
+    for key, value in wanted.items():
+        if manifest.get(key) != value:
+            fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: "
+                 "choose another --out, or remove the folder")
+    return manifest
+
+
 def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(f)
-
-
-def _sha256(f):  # Python 3.10 has no file_digest
     digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Reading documents
+def verify(folder):
+    """Checks every shard against the manifest. Raises SystemExit that names the bad ones."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        fail(f"{folder} has no manifest.json, so there is nothing to check against")
+    bad = []
+    for shard in manifest["shards"]:
+        path = folder / shard["name"]
+        if not path.exists():
+            verdict = "MISSING"
+        elif sha256(path) != shard["sha256"]:
+            verdict = "BAD"
+        else:
+            verdict = "ok"
+        print(f"{path}: {verdict}")
+        if verdict != "ok":
+            bad.append(str(path))
+    if bad:
+        fail(f"{len(bad)} of {len(manifest['shards'])} shards are bad: remove {' '.join(bad)} and run "
+             "the command that made the folder again; it rebuilds what is missing")
 
 
-def read_row_group(path, group, skip):
-    """The texts of a parquet file's row group, but for the first skip ones: a list of str."""
-    import pyarrow.parquet
+# ==================================================================================================
+# Writer: documents -> tokens -> shards
 
-    column = pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=["text"], use_threads=False).column(0)
-    return [text or "" for text in column.to_pylist()[skip:]]
+# ---- Reading documents
 
 
 def read_documents(path, first_row=0):
-    """Yields (row, documents, new): consecutive texts of a .parquet, .jsonl or .txt file.
+    """Yields (row, documents, new): consecutive documents of a .parquet, .jsonl or .txt file.
 
-    row counts documents within the file and is the row of the first one; rows before first_row are left out.
-    documents is a list of str or, for parquet, the arguments of read_row_group(), so that a worker can do the
-    reading. new is False where the text goes on from the row before: a .txt file is one document, handed out in
-    pieces of about 1 MB that end at a line break. Raises SystemExit for a file that isn't what it is called.
+    row: the number of the first of these documents in the file. Those before first_row are left out.
+    documents: a list of str, or for parquet the arguments of read_row_group(), so that the process
+    that tokenises them reads them too.
+    new: False if the text continues the one before. Only .txt files have this: such a file is one
+    document, in pieces of about 1 MB that end at a line break, and row counts the pieces.
+
+    Raises SystemExit for a file that is not what its name says.
     """
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            parquet = pyarrow.parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid:
-            fail(f"{path} is not a parquet file, or only half of one")
-        if "text" not in parquet.schema_arrow.names:
-            fail(f"{path} has no column 'text' (it has {', '.join(parquet.schema_arrow.names)})")
-        row = 0
-        for group in range(parquet.num_row_groups):
-            n_rows = parquet.metadata.row_group(group).num_rows
-            skip = max(0, first_row - row)
-            if skip < n_rows:
-                yield row + skip, (path, group, skip), True
-            row += n_rows
-        return
-    if path.suffix not in (".jsonl", ".txt"):
+    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
+    if path.suffix not in readers:
         fail(f"{path}: the text must be a .jsonl, .txt or .parquet file")
     try:
-        with open(path, encoding="utf-8") as f:
-            if path.suffix == ".txt":
-                row = 0
-                while lines := f.readlines(1 << 20):
-                    if row >= first_row:
-                        yield row, ["".join(lines)], row == 0
-                    row += 1
-                return
-            texts = []
-            for row, line in enumerate(f):
-                if row < first_row:
-                    continue
-                try:
-                    texts.append(json.loads(line)["text"] + "")
-                except (ValueError, KeyError, TypeError):
-                    fail(f'{path}, line {row + 1} is not {{"text": "…"}}: mend it or leave it out')
-                if len(texts) == 256:
-                    yield row - 255, texts, True
-                    texts = []
-            if texts:
-                yield row - len(texts) + 1, texts, True
+        yield from readers[path.suffix](path, first_row)
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 text ({error.reason} near byte {error.start:,})")
 
 
-def sample_documents():
-    """English that is on any machine after the install: documentation in the standard library, numpy, torch.
+def read_parquet(path, first_row):
+    import pyarrow
+    import pyarrow.parquet
 
-    Paragraphs of prose out of triple-quoted strings, each once, in a fixed order. About 5 MB; which exactly
-    depends on the installed versions.
+    try:
+        parquet = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid:
+        fail(f"{path} is not a parquet file, or only part of one")
+    columns = parquet.schema_arrow.names
+    if "text" not in columns:
+        fail(f"{path} has no column 'text' (it has {', '.join(columns)})")
+    row = 0
+    for group in range(parquet.num_row_groups):
+        n_rows = parquet.metadata.row_group(group).num_rows
+        skip = max(0, first_row - row)
+        if skip < n_rows:
+            yield row + skip, (path, group, skip), True
+        row += n_rows
+
+
+def read_row_group(path, group, skip):
+    """The texts of one row group of a parquet file without the first skip ones: a list of str."""
+    import pyarrow.parquet
+
+    parquet = pyarrow.parquet.ParquetFile(path)
+    # no threads: every core has a process that does this
+    table = parquet.read_row_group(group, columns=["text"], use_threads=False)
+    texts = table.column(0).to_pylist()[skip:]
+    return [text or "" for text in texts]
+
+
+def read_jsonl(path, first_row):
+    texts = []
+    with open(path, encoding="utf-8") as f:
+        for row, line in enumerate(f):
+            if row < first_row:
+                continue
+            texts.append(parse_line(path, row, line))
+            if len(texts) == 256:
+                yield row - 255, texts, True
+                texts = []
+    if texts:
+        yield row - len(texts) + 1, texts, True
+
+
+def parse_line(path, row, line):
+    """The text in a line of a .jsonl file."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        fail(f'{path}, line {row + 1} is not {{"text": "…"}}: correct it or leave it out')
+    return text
+
+
+def read_txt(path, first_row):
+    row = 0
+    with open(path, encoding="utf-8") as f:
+        while lines := f.readlines(1 << 20):
+            if row >= first_row:
+                yield row, ["".join(lines)], row == 0
+            row += 1
+
+
+# ---- Tokenizers
+
+
+def get_tokenizer(name):
+    """The tiktoken.Encoding called name: "gpt2", or "bytes" (256 byte values and end-of-text).
+
+    GPT-2's vocabulary is read from data/gpt2/{vocab.bpe,encoder.json} if they exist, else from
+    tiktoken's cache, else downloaded by tiktoken. Raises SystemExit if none of these works, and for
+    an unknown name.
     """
-    from pydoc_data.topics import topics
-
-    strings = list(topics.values())
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    roots += [Path(importlib.util.find_spec(name).submodule_search_locations[0]) for name in ("numpy", "torch")]
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            if not {"site-packages", "dist-packages", "test", "tests"} & set(path.relative_to(root).parts):
-                source = path.read_text(encoding="utf-8", errors="ignore")
-                strings += re.findall(r'"""(.*?)"""', source, re.DOTALL)
-    seen, documents = set(), []
-    for string in strings:
-        prose = []
-        for paragraph in re.split(r"\n\s*\n", string):
-            text = " ".join(paragraph.split())
-            letters = sum(c.isalpha() or c == " " for c in text)
-            is_prose = len(text) >= 80 and text.count(" ") >= 11 and letters >= 0.86 * len(text) and text.isascii()
-            if is_prose and ">>>" not in text and text not in seen:
-                seen.add(text)
-                prose.append(text)
-        if prose:
-            documents.append("\n\n".join(prose) + "\n")
-    order = np.random.default_rng(0).permutation(len(documents))  # so that validation is a fair draw
-    return [documents[i] for i in order]
+    if name == "bytes":
+        return tiktoken.Encoding(
+            "bytes",
+            pat_str=r"[\s\S]{1,64}",  # there are no merges, so any cut of the text will do
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={"<|endoftext|>": 256},
+        )
+    if name != "gpt2":
+        fail(f"unknown tokenizer {name!r}: choose {' or '.join(VOCAB_SIZE)}")
+    try:
+        if Path("data/gpt2/vocab.bpe").exists():
+            return gpt2_from_files(Path("data/gpt2"))
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # of the network, a proxy or a file: the way out is the same
+        fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): connect to the network "
+             "once, set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or put vocab.bpe and "
+             "encoder.json into data/gpt2/")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Tokenising in order, on all cores
+def gpt2_from_files(folder):
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    vocabulary = str(folder / "vocab.bpe")
+    encoder = str(folder / "encoder.json")
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(vocabulary, encoder),
+        special_tokens={"<|endoftext|>": 50256},
+    )
 
 
-encoding = None  # a worker's own tokenizer, set by start_worker
+def try_tokenizer(name):
+    """get_tokenizer(name); if it fails, a warning of what will be missing, and None."""
+    try:
+        return get_tokenizer(name)
+    except SystemExit as reason:
+        say(f"no samples and no HellaSwag: {reason}")
+        return None
+
+
+# ---- Tokenising in order, on all cores
+
+
+encoding = None  # in a tokenizer process: its tokenizer, set by start_worker
 
 
 def start_worker(tokenizer):
     global encoding
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     encoding = get_tokenizer(tokenizer)
-
-
-def tokenize(documents, new, encoding):
-    """Tokens of the documents, each preceded by <|endoftext|> if new: (all tokens, the count of each)."""
-    documents = documents if isinstance(documents, list) else read_row_group(*documents)
-    parts = []
-    for text in documents:
-        tokens = encoding.encode_to_numpy(text, disallowed_special=())
-        parts.append(np.concatenate(([encoding.eot_token], tokens)) if new else tokens)
-    return np.concatenate(parts).astype(np.uint16), np.array([len(part) for part in parts])
 
 
 def tokenize_in_worker(documents, new):
     return tokenize(documents, new, encoding)
 
 
-def tokenized(n_files, open_file, position, tokenizer, workers):
-    """Yields (file, row, tokens, counts) in source order, from the document at position = (file, row) on.
+def tokenize(documents, new, encoding):
+    """(all tokens, uint16; the number of tokens of each document) of what read_documents() yields.
 
-    open_file(i, first_row) yields file i's documents as read_documents does. The order, and so the result,
-    is the same for any number of workers; 0 tokenises in this process.
+    Each document is preceded by <|endoftext|>, unless new is False.
+    """
+    if not isinstance(documents, list):
+        documents = read_row_group(*documents)
+    parts = []
+    for text in documents:
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        if new:
+            tokens = np.concatenate(([encoding.eot_token], tokens))
+        parts.append(tokens)
+    counts = np.array([len(part) for part in parts])
+    return np.concatenate(parts).astype(np.uint16), counts
+
+
+def tokenized(n_files, open_file, position, tokenizer, workers):
+    """Yields (file, row, tokens, counts) in the order of the source, from one position on.
+
+    position: (file, row) of the first document. open_file(i, first_row) yields the documents of file
+    number i as read_documents() does. The result is the same for any number of workers; 0 tokenises
+    in this process.
     """
     first_file, first_row = position
 
     def batches():
         for i in range(first_file, n_files):
-            for row, documents, new in open_file(i, first_row if i == first_file else 0):
+            start = first_row if i == first_file else 0
+            for row, documents, new in open_file(i, start):
                 yield i, row, documents, new
 
     if workers == 0:
@@ -367,13 +380,16 @@ def tokenized(n_files, open_file, position, tokenizer, workers):
         for i, row, documents, new in batches():
             yield i, row, *tokenize(documents, new, encoder)
         return
-    spawn = multiprocessing.get_context("spawn")  # the same on Linux, macOS and Windows
+    # spawn, not fork: a forked child inherits locks that pyarrow's or the download's threads may hold
+    # at that moment, and can hang. And it is the only way under Windows.
+    spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer,))
     try:
         queue = collections.deque()
         for i, row, documents, new in batches():
             queue.append((i, row, pool.submit(tokenize_in_worker, documents, new)))
-            if len(queue) > 4 * workers:  # enough that no worker waits, few enough to bound the memory
+            # enough waiting that no worker is idle, few enough to bound the memory
+            if len(queue) > 4 * workers:
                 i, row, future = queue.popleft()
                 yield i, row, *future.result()
         for i, row, future in queue:
@@ -382,232 +398,224 @@ def tokenized(n_files, open_file, position, tokenizer, workers):
         pool.shutdown(cancel_futures=True)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Writing shards
-
-
-def open_manifest(folder, wanted):
-    """The folder's manifest, new or to be continued; wanted holds what it must agree with.
-
-    Raises SystemExit if the folder holds shards of something else.
-    """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        if list(folder.glob("*.bin")):
-            fail(f"{folder} holds shards without a manifest.json: choose another --out, or remove them")
-        return {**wanted, "complete": False, "shards": []}
-    for key, value in wanted.items():
-        if manifest.get(key) != value:
-            fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: choose another --out, "
-                 "or remove the folder")
-    return manifest
+# ---- Writing shards
 
 
 def write_shards(folder, manifest, source, last_shard, total=None):
-    """Writes the shards that the manifest lacks or that are missing, up to number last_shard (None: all).
+    """Writes the shards that are missing or not yet in the manifest, up to number last_shard.
 
-    source(file, row) is an iterator as tokenized() gives. total: expected tokens, for the progress bar.
+    source(file, row) returns an iterator like tokenized(). last_shard None: all shards.
+    total: the expected number of tokens, for the progress bar.
     """
-    from tqdm import tqdm
-
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob("*.tmp"):
         partial.unlink()
     shards = manifest["shards"]
-    lost = [k for k, shard in enumerate(shards) if not (folder / shard["name"]).exists()]
-    todo = [(k, k) for k in lost]
-    if not manifest["complete"] and (last_shard is None or len(shards) <= last_shard):
-        todo.append((len(shards), last_shard))
-    done = sum(shard["tokens"] for k, shard in enumerate(shards) if k not in lost)
-    pause = 1 if sys.stderr.isatty() else 30  # seconds between updates
-    with tqdm(total=total, initial=done, unit=" tokens", unit_scale=True, desc=folder.name, mininterval=pause) as bar:
-        for first, last in todo:
-            write_range(folder, manifest, source, first, last, bar)
+    lost = []
+    done = 0
+    for number, shard in enumerate(shards):
+        if (folder / shard["name"]).exists():
+            done += shard["tokens"]
+        else:
+            lost.append(number)
+    with progress_bar(folder, total, done) as bar:
+        for number in lost:
+            write_range(folder, manifest, source, number, number, bar)
+        begun = len(shards)
+        if not manifest["complete"] and (last_shard is None or begun <= last_shard):
+            write_range(folder, manifest, source, begun, last_shard, bar)
 
 
 def write_range(folder, manifest, source, first, last, bar):
-    """Writes shards first to last; None, or a source that ends before, makes the manifest complete."""
-    shards, k = manifest["shards"], first
-
-    def finish(n_tokens, position):
-        name = f"fineweb_{'train' if k else 'val'}_{k:06d}.bin"
-        header, body = shard_header(n_tokens), buffer[:n_tokens].data
-        digest = hashlib.sha256(header)
-        digest.update(body)
-        shard = {"name": name, "tokens": n_tokens, "sha256": digest.hexdigest(), "next": position}
-        if k < len(shards) and shards[k] != shard:
-            fail(f"{name} came out different from what {folder}/manifest.json says, so the source has changed: "
-                 "remove the folder and start again")
-        write_atomic(folder / name, lambda f: (f.write(header), f.write(body)))
-        if k == len(shards):
-            shards.append(shard)
-            write_manifest(folder, manifest)
-
-    file, row, skip = shards[first - 1]["next"] if first else (0, 0, 0)
+    """Writes shards number first to last; last None, or beyond the end of the source: to the end."""
+    file = row = skip = 0
+    if first > 0:
+        file, row, skip = manifest["shards"][first - 1]["next"]
+    number = first
+    size = manifest["shard_tokens"] if first else manifest["val_tokens"]
+    buffer = np.empty(size, dtype=np.uint16)
+    filled = 0
     batches = source(file, row)
-    size = manifest["shard_tokens"] if k else manifest["val_tokens"]
-    buffer, filled = np.empty(size, dtype=np.uint16), 0
     for file, row, tokens, counts in batches:
         ends = np.cumsum(counts)
-        taken, skip = skip, 0  # the first document's beginning may stand in the shard before
+        taken = skip  # the beginning of the very first document may stand in the shard before
+        skip = 0
         while taken < len(tokens):
-            n = min(len(tokens) - taken, size - filled)
+            n = min(len(tokens) - taken, len(buffer) - filled)
             buffer[filled : filled + n] = tokens[taken : taken + n]
-            filled, taken = filled + n, taken + n
+            filled += n
+            taken += n
             bar.update(n)
-            if filled == size:
-                document = int(np.searchsorted(ends, taken, side="right"))  # the one that the next token is in
-                finish(filled, [file, row + document, taken - (int(ends[document - 1]) if document else 0)])
-                if k == last:
-                    batches.close()
-                    return
-                k, filled = k + 1, 0
-                size = manifest["shard_tokens"]
-                buffer = np.empty(size, dtype=np.uint16)
+            if filled < len(buffer):
+                continue
+            document = int(np.searchsorted(ends, taken, side="right"))  # the next token's
+            begin = int(ends[document - 1]) if document else 0
+            finish_shard(folder, manifest, number, buffer, [file, row + document, taken - begin])
+            if number == last:
+                batches.close()
+                return
+            number += 1
+            buffer = np.empty(manifest["shard_tokens"], dtype=np.uint16)
+            filled = 0
     if filled:
-        finish(filled, None)
+        finish_shard(folder, manifest, number, buffer[:filled], None)
     manifest["complete"] = True
     write_manifest(folder, manifest)
 
 
+def finish_shard(folder, manifest, number, tokens, position):
+    """Writes a shard's file, then its line in the manifest; position: where the next one begins.
+
+    A shard that the manifest knows must come out as it says, else SystemExit.
+    """
+    split = "train" if number else "val"
+    name = f"fineweb_{split}_{number:06d}.bin"
+    header = shard_header(len(tokens))
+    digest = hashlib.sha256(header)
+    digest.update(tokens.data)
+    checksum = digest.hexdigest()
+    shard = {"name": name, "tokens": len(tokens), "sha256": checksum, "next": position}
+    shards = manifest["shards"]
+    if number < len(shards) and shards[number] != shard:
+        fail(f"{name} came out different from what {folder}/manifest.json says, so the source has "
+             "changed: remove the folder and start again")
+
+    def write(f):
+        f.write(header)
+        f.write(tokens.data)
+
+    write_atomic(folder / name, write)
+    if number == len(shards):
+        shards.append(shard)
+        write_manifest(folder, manifest)
+
+
 def check_disk(folder, need):
     """Prints the bytes needed and free on the folder's disk. Raises SystemExit if they don't fit."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
     free = shutil.disk_usage(parent).free
-    line = f"{folder} needs up to {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+    line = f"{folder} needs up to {need / 1e9:.1f} GB of disk space, {free / 1e9:.1f} GB are free"
     if free < need:
         fail(f"{line}: make room, choose another --out, or start small with --shards N")
     say(line)
 
 
-def write_sample(folder="data/sample"):
-    """Writes the offline dataset (bytes) and its cloze.jsonl into folder, if it isn't there yet."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest and manifest["complete"] and all((folder / shard["name"]).exists() for shard in manifest["shards"]):
-        say(f"{folder} is there already")
-        return
-    if manifest:  # half-done by a killed process: a second's work, so from the start
-        shutil.rmtree(folder)
-    documents = sample_documents()
-    val_tokens = 400_000
-    wanted = {"dataset": "sample", "revision": None, "files": ["documentation of Python, numpy and torch"],
-              "tokenizer": "bytes", "vocab_size": VOCAB_SIZE["bytes"], "shard_tokens": SHARD_TOKENS,
-              "val_tokens": val_tokens}
+def progress_bar(folder, total, done):
+    from tqdm import tqdm
 
-    def open_file(_, first_row):
-        for row in range(first_row, len(documents), 256):
-            yield row, documents[row : row + 256], True
+    pause = 1 if sys.stderr.isatty() else 30  # seconds between updates: a log file needs fewer
+    unit = {"unit": " tokens", "unit_scale": True}
+    return tqdm(desc=folder.name, total=total, initial=done, mininterval=pause, **unit)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    ends = np.cumsum([len(text) + 1 for text in documents])
-    items = cloze_items(documents[: int(np.searchsorted(ends, val_tokens))])
-    lines = "".join(json.dumps(item) + "\n" for item in items).encode()
-    write_atomic(folder / "cloze.jsonl", lambda f: f.write(lines))
+
+# ---- Source: local files
+
+
+def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
+    """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
+    for path in paths:
+        if not path.is_file():
+            fail(f"{path} is not a file")
+    sizes = [path.stat().st_size for path in paths]
+    wanted = {
+        "dataset": "files", "revision": None,
+        "files": [[str(path), size] for path, size in zip(paths, sizes)],
+        "tokenizer": tokenizer, "vocab_size": VOCAB_SIZE[tokenizer],
+        "shard_tokens": shard_tokens,
+        # about a tenth of a small text, so that something is left to train on
+        "val_tokens": min(shard_tokens, max(1024, sum(sizes) // 40)),
+    }  # fmt: skip
     manifest = open_manifest(folder, wanted)
-    write_shards(folder, manifest, lambda *at: tokenized(1, open_file, at, "bytes", 0), None, int(ends[-1]))
-    say(f"wrote {int(ends[-1]):,} bytes of English to {folder}")
+    check_disk(folder, 2 * sum(sizes))
+
+    def open_file(i, first_row):
+        return read_documents(paths[i], first_row)
+
+    def source(file, row):
+        return tokenized(len(paths), open_file, (file, row), tokenizer, workers)
+
+    write_shards(folder, manifest, source, last_shard)
 
 
-def cloze_items(documents, n_items=400):
-    """Four-way items in HellaSwag's format: a text's true continuation against three shuffles of its words.
-
-    Random wrong endings stay at chance for models this small; word order they do learn.
-    """
-    rng = np.random.default_rng(0)
-    items = []
-    for text in documents:
-        words = text.split()
-        if len(items) == n_items or len(words) < 20:
-            continue
-        start = int(rng.integers(len(words) - 19))
-        context, ending = " ".join(words[start : start + 10]), words[start + 10 : start + 18]
-        wrong = {" ".join(rng.permutation(ending)) for _ in range(8)} - {" ".join(ending)}
-        if len(wrong) < 3 or len(context) > 80 or len(" ".join(ending)) > 60:  # must fit 128 + 12 bytes
-            continue
-        label = int(rng.integers(4))
-        endings = sorted(wrong)[:3]
-        endings.insert(label, " ".join(ending))
-        items.append({"ind": len(items), "activity_label": "", "ctx_a": context, "ctx_b": "", "ctx": context,
-                      "endings": endings, "label": label})
-    return items
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Sources
-
-
-def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
-    """action(), tried again after each pause (in seconds) where the network fails, and then SystemExit."""
-    for pause in (*pauses, None):
-        try:
-            return action()
-        except Exception as error:
-            # the hub's client changes its HTTP library now and then, whose errors are no OSErrors
-            if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore")):
-                raise
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            reason = f"HTTP {status}" if status else f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            hopeless = status in (400, 401, 403, 404, 410) or getattr(error, "errno", None) == errno.ENOSPC
-            if pause is None or hopeless:
-                fail(f"{what} can't be had ({reason}): run the same command again once it can, it goes on from here")
-            say(f"{what}: {reason}; again in {pause} s")
-            time.sleep(pause * float(os.environ.get("RETRY_SECONDS", 1)))
+# ---- Source: a dataset on the Hugging Face hub
 
 
 def hub_files(repo, prefix, suffix, revision):
-    """(revision, {file: bytes}) of a dataset repository of the Hugging Face hub, in order of name."""
+    """(revision, {file: bytes}) of a dataset repository, sorted by name; revision None: the newest."""
     from huggingface_hub import HfApi
 
     def ask():
-        sha = revision or HfApi().dataset_info(repo).sha
-        tree = HfApi().list_repo_tree(repo, prefix or None, repo_type="dataset", revision=sha)
-        return sha, {entry.path: entry.size for entry in tree if entry.path.endswith(suffix)}
+        api = HfApi()
+        sha = revision or api.dataset_info(repo).sha
+        tree = api.list_repo_tree(repo, prefix or None, repo_type="dataset", revision=sha)
+        sizes = {entry.path: entry.size for entry in tree if entry.path.endswith(suffix)}
+        return sha, sizes
 
     sha, sizes = retrying(f"the file list of {repo}", ask)
     return sha, dict(sorted(sizes.items()))
 
 
 def fetch(repo, name, revision, folder):
-    """Downloads one file of a dataset repository below folder (continuing a partial one); returns its path."""
+    """Downloads a file of a dataset repository below folder, or the rest of it; returns its path."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # ours counts tokens
-    return Path(retrying(name, lambda: hf_hub_download(repo, name, repo_type="dataset", revision=revision,
-                                                       local_dir=folder)))
+
+    def download():
+        where = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
+        return hf_hub_download(repo, name, **where)
+
+    return Path(retrying(name, download))
 
 
 def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
-    """Downloads a dataset's parquet files one by one, the next one ahead, and writes their tokens as shards."""
-    repo, prefix = DATASETS[dataset][:2]
+    """Writes the tokens of a dataset's parquet files as shards.
+
+    The files are downloaded one by one, the next one while the one before is tokenised, and deleted
+    when they are done.
+    """
+    repo = DATASETS[dataset]["repository"]
+    prefix = DATASETS[dataset]["folder"]
     old = read_manifest(folder)
-    revision, sizes = hub_files(repo, prefix, ".parquet", old and old.get("revision"))
+    revision = old.get("revision") if old else None  # begun with one revision, finished with it
+    revision, sizes = hub_files(repo, prefix, ".parquet", revision)
     files = list(sizes)
     if not files:
         fail(f"{repo} has no parquet files in {prefix}")
-    wanted = {"dataset": f"{repo} {prefix}", "revision": revision, "files": files, "tokenizer": tokenizer,
-              "vocab_size": VOCAB_SIZE[tokenizer], "shard_tokens": shard_tokens, "val_tokens": shard_tokens}
+    wanted = {
+        "dataset": f"{repo} {prefix}", "revision": revision, "files": files,
+        "tokenizer": tokenizer, "vocab_size": VOCAB_SIZE[tokenizer],
+        "shard_tokens": shard_tokens, "val_tokens": shard_tokens,
+    }  # fmt: skip
     manifest = open_manifest(folder, wanted)
-    total = sum(sizes.values()) * 2 // (6 if tokenizer == "gpt2" else 1)  # about so many tokens per byte of parquet
+    # a byte of parquet is about two bytes of text, or a third of a GPT-2 token
+    total = sum(sizes.values()) * 2 // (6 if tokenizer == "gpt2" else 1)
     if last_shard is not None:
         total = min(total, (last_shard + 1) * shard_tokens)
-    on_disk = sum(2 * shard["tokens"] for shard in manifest["shards"])
     if not manifest["complete"]:
+        on_disk = sum(2 * shard["tokens"] for shard in manifest["shards"])
         check_disk(folder, 2 * total - on_disk + 2 * max(sizes.values()))
-    raw, ahead = folder / "raw", {}
+    raw = folder / "raw"
+    ahead = {}  # {file number: its download}
     fetcher = ThreadPoolExecutor(1)
 
+    def download(i):
+        return fetcher.submit(fetch, repo, files[i], revision, raw)
+
     def open_file(i, first_row):
-        future = ahead.pop(i, None) or fetcher.submit(fetch, repo, files[i], revision, raw)
-        for n, batch in enumerate(read_documents(future.result(), first_row)):
-            if n == 250 and i + 1 < len(files):  # a quarter of a million documents in: we'll need the next
-                ahead[i + 1] = fetcher.submit(fetch, repo, files[i + 1], revision, raw)
+        path = (ahead.pop(i, None) or download(i)).result()
+        for n, batch in enumerate(read_documents(path, first_row)):
+            # far into this file, after 250 row groups of 1,000 documents: get the next one
+            if n == 250 and i + 1 < len(files):
+                ahead[i + 1] = download(i + 1)
             yield batch
 
     def source(file, row):
         for batch in tokenized(len(files), open_file, (file, row), tokenizer, workers):
-            for done in range(file, batch[0]):  # its last tokens have arrived
+            for done in range(file, batch[0]):  # all of its tokens have been handed on
                 (raw / files[done]).unlink()
             file = batch[0]
             yield batch
@@ -619,144 +627,261 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     shutil.rmtree(raw, ignore_errors=True)
 
 
-def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
-    """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
-    for path in paths:
-        if not path.is_file():
-            fail(f"{path} is not a file")
-    n_bytes = sum(path.stat().st_size for path in paths)
-    wanted = {"dataset": "files", "revision": None,
-              "files": [[str(path), path.stat().st_size] for path in paths], "tokenizer": tokenizer,
-              "vocab_size": VOCAB_SIZE[tokenizer], "shard_tokens": shard_tokens,
-              # about a tenth of a small text, so that something is left to train on
-              "val_tokens": min(shard_tokens, max(1024, n_bytes // 40))}
-    manifest = open_manifest(folder, wanted)
-    check_disk(folder, 2 * n_bytes)
+# ---- Source: ready-made shards
 
-    def open_file(i, first_row):
-        return read_documents(paths[i], first_row)
 
-    write_shards(folder, manifest, lambda *at: tokenized(len(paths), open_file, at, tokenizer, workers), last_shard)
+def validation_first(name):
+    """The key that sorts shards: the validation shard, then the training shards by number."""
+    return "_val_" not in name, name
 
 
 def download_shards(folder, dataset, last_shard):
-    """Downloads ready-made shards of GPT-2 tokens."""
-    from tqdm import tqdm
-
-    repo = DATASETS[dataset][2]
+    """Downloads ready-made shards of GPT-2 tokens, up to number last_shard (None: all)."""
+    repo = DATASETS[dataset]["ready_made"]
     old = read_manifest(folder)
-    revision, sizes = hub_files(repo, "", ".bin", old and old.get("revision"))
-    names = sorted(sizes, key=lambda name: ("_val_" not in name, name))[: None if last_shard is None else last_shard + 1]
-    wanted = {"dataset": repo, "revision": revision, "files": list(sizes), "tokenizer": "gpt2",
-              "vocab_size": VOCAB_SIZE["gpt2"]}
+    revision = old.get("revision") if old else None
+    revision, sizes = hub_files(repo, "", ".bin", revision)
+    names = sorted(sizes, key=validation_first)
+    if last_shard is not None:
+        names = names[: last_shard + 1]
+    wanted = {
+        "dataset": repo, "revision": revision, "files": list(sizes),
+        "tokenizer": "gpt2", "vocab_size": VOCAB_SIZE["gpt2"],
+    }  # fmt: skip
     manifest = open_manifest(folder, wanted)
-    have = {shard["name"]: shard for shard in manifest["shards"] if (folder / shard["name"]).exists()}
+    have = {}
+    for shard in manifest["shards"]:
+        if (folder / shard["name"]).exists():
+            have[shard["name"]] = shard
     todo = [name for name in names if name not in have]
-    check_disk(folder, sum(sizes[name] for name in todo))
+    n_bytes = sum(sizes[name] for name in names)
+    n_bytes_todo = sum(sizes[name] for name in todo)
+    check_disk(folder, n_bytes_todo)
     folder.mkdir(parents=True, exist_ok=True)
-    total, pause = sum(sizes[name] for name in names) // 2, 1 if sys.stderr.isatty() else 30
-    with tqdm(total=total, unit=" tokens", unit_scale=True, desc=folder.name, mininterval=pause) as bar:
-        bar.update((sum(sizes[name] for name in names) - sum(sizes[name] for name in todo)) // 2)
+    with progress_bar(folder, n_bytes // 2, (n_bytes - n_bytes_todo) // 2) as bar:
         for name in todo:
             path = fetch(repo, name, revision, folder)
             have[name] = {"name": name, "tokens": shard_tokens(path), "sha256": sha256(path)}
-            manifest["shards"] = [have[n] for n in sorted(have, key=lambda n: ("_val_" not in n, n))]
+            manifest["shards"] = [have[known] for known in sorted(have, key=validation_first)]
             manifest["complete"] = len(have) == len(sizes)
             write_manifest(folder, manifest)
             bar.update(sizes[name] // 2)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's
 
 
-def verify(folder):
-    """Checks every shard against the manifest. Raises SystemExit that names the bad ones."""
+# ---- Source: the offline sample, and its four-way task
+
+
+def write_sample(folder=SAMPLE):
+    """Writes the offline dataset (bytes) and its cloze.jsonl into folder, if it isn't there yet."""
+    folder = Path(folder)
     manifest = read_manifest(folder)
-    if manifest is None:
-        fail(f"{folder} has no manifest.json, so there is nothing to check against")
-    bad = []
-    for shard in manifest["shards"]:
-        path = folder / shard["name"]
-        good = path.exists() and sha256(path) == shard["sha256"]
-        print(f"{path}: {'ok' if good else 'BAD' if path.exists() else 'MISSING'}")
-        if not good:
-            bad.append(path)
-    if bad:
-        fail(f"{len(bad)} of {len(manifest['shards'])} shards are bad: remove {' '.join(map(str, bad))} and run the "
-             "command that made the folder again; it rebuilds what is missing")
+    shards = manifest["shards"] if manifest else []
+    all_there = all((folder / shard["name"]).exists() for shard in shards)
+    if manifest and manifest["complete"] and all_there:
+        say(f"{folder} already exists")
+        return
+    if manifest:  # left half-written by a killed process: it takes seconds, so begin anew
+        shutil.rmtree(folder)
+    documents = sample_documents()
+    wanted = {
+        "dataset": "sample", "revision": None,
+        "files": ["documentation of Python, numpy and torch"],
+        "tokenizer": "bytes", "vocab_size": VOCAB_SIZE["bytes"],
+        "shard_tokens": SHARD_TOKENS, "val_tokens": 400_000,
+    }  # fmt: skip
+
+    def open_file(_, first_row):
+        for row in range(first_row, len(documents), 256):
+            yield row, documents[row : row + 256], True
+
+    def source(file, row):
+        return tokenized(1, open_file, (file, row), "bytes", 0)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # the task's texts are documents that lie wholly in the validation shard
+    ends = np.cumsum([len(text) + 1 for text in documents])
+    n_held_out = int(np.searchsorted(ends, wanted["val_tokens"]))
+    items = cloze_items(documents[:n_held_out])
+    lines = "".join(json.dumps(item) + "\n" for item in items).encode()
+    write_atomic(folder / "cloze.jsonl", lambda f: f.write(lines))
+    manifest = open_manifest(folder, wanted)
+    n_tokens = int(ends[-1])
+    write_shards(folder, manifest, source, None, n_tokens)
+    say(f"wrote {n_tokens:,} bytes of English to {folder}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Loader
+def sample_documents():
+    """English that is on any machine after the install: docstrings of Python, numpy and torch.
+
+    Paragraphs of prose from triple-quoted strings, each once, in a fixed order. About 5 MB; the
+    details depend on the installed versions.
+    """
+    seen = set()
+    documents = []
+    for string in documentation():
+        paragraphs = []
+        for paragraph in re.split(r"\n\s*\n", string):
+            text = " ".join(paragraph.split())
+            if is_prose(text) and text not in seen:
+                seen.add(text)
+                paragraphs.append(text)
+        if paragraphs:
+            documents.append("\n\n".join(paragraphs) + "\n")
+    # shuffled, so that the beginning, which is for validation, is a fair sample of the whole
+    order = np.random.default_rng(0).permutation(len(documents))
+    return [documents[i] for i in order]
+
+
+def documentation():
+    """The topics of Python's help() and all triple-quoted strings of three packages: a list of str."""
+    from pydoc_data.topics import topics
+
+    strings = list(topics.values())
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    for name in ("numpy", "torch"):
+        package = importlib.util.find_spec(name)
+        roots.append(Path(package.submodule_search_locations[0]))
+    left_out = {"site-packages", "dist-packages", "test", "tests"}
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            if left_out.isdisjoint(path.relative_to(root).parts):
+                source = path.read_text(encoding="utf-8", errors="ignore")
+                strings += re.findall(r'"""(.*?)"""', source, re.DOTALL)
+    return strings
+
+
+def is_prose(text):
+    """Whether a paragraph is English sentences rather than code, a table or a heading."""
+    letters = sum(c.isalpha() or c == " " for c in text)
+    long_enough = len(text) >= 80 and text.count(" ") >= 11
+    return long_enough and letters >= 0.86 * len(text) and text.isascii() and ">>>" not in text
+
+
+def cloze_items(documents, n_items=400):
+    """Four-way items in HellaSwag's format: a text's true continuation and three shuffles of it.
+
+    Wrong endings from other texts would leave models as small as these at chance; the order of words
+    is something that they do learn.
+    """
+    rng = np.random.default_rng(0)
+    items = []
+    for text in documents:
+        words = text.split()
+        if len(words) < 20:
+            continue
+        if len(items) == n_items:
+            break
+        start = int(rng.integers(len(words) - 19))
+        context = " ".join(words[start : start + 10])
+        ending = words[start + 10 : start + 18]
+        truth = " ".join(ending)
+        wrong = {" ".join(rng.permutation(ending)) for _ in range(8)} - {truth}
+        # long ones would not fit into the 128 tokens of a tiny model
+        if len(wrong) < 3 or len(context) > 80 or len(truth) > 60:
+            continue
+        label = int(rng.integers(4))
+        endings = sorted(wrong)[:3]
+        endings.insert(label, truth)
+        items.append({
+            "ind": len(items), "activity_label": "",
+            "ctx_a": context, "ctx_b": "", "ctx": context,
+            "endings": endings, "label": label,
+        })  # fmt: skip
+    return items
+
+
+# ==================================================================================================
+# Loader: shards -> batches
 
 
 def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
-    """Checks every shard of a folder and returns what is known of it.
+    """Checks every shard of a folder and describes the dataset.
 
-    Returns a dict: dataset, tokenizer, vocab_size, and fingerprint, equal for equal tokens in the first
-    train_shards training shards (None: in all) and in those for validation. before: what this returned when the
-    run began; other tokens are said in a line. Raises SystemExit, with the command that helps, for a missing
-    folder, no shards, a foreign or truncated one, a manifest that doesn't match, a vocabulary of more than
-    vocab_size, or another tokenizer than before.
+    Returns a dict: dataset, tokenizer, vocab_size, and fingerprint, a hash that is equal for equal
+    tokens in the validation shard and the first train_shards training shards (None: all).
+    before: what this returned when the run began; other tokens than then give a warning.
+
+    Raises SystemExit, with the command that helps, for a missing folder, no shards, a foreign or
+    truncated one, a manifest that doesn't match, a vocabulary of more than vocab_size, or another
+    tokenizer than before.
     """
     folder = Path(folder)
     names = sorted(path.name for path in folder.glob("*.bin"))
     if not names:
-        fail(f"no token shards in {folder}: run `python fineweb.py` (or `--pretokenized`, `--shards 1`), or train "
-             "on the offline dataset with --tiny")
+        fail(f"no token shards in {folder}: run `python fineweb.py` (or `--pretokenized`, "
+             "`--shards 1`), or train on the offline dataset with --tiny")
     manifest = read_manifest(folder)
     counts = {name: shard_tokens(folder / name) for name in names}
     if manifest is None:
         say(f"{folder} has no manifest.json: taking its shards for GPT-2 tokens, as llm.c writes them")
-        manifest = {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZE["gpt2"], "dataset": "unknown",
-                    "shards": [{"name": name, "tokens": counts[name]} for name in names]}
+        manifest = {
+            "dataset": "unknown", "tokenizer": "gpt2", "vocab_size": VOCAB_SIZE["gpt2"],
+            "shards": [{"name": name, "tokens": counts[name]} for name in names],
+        }  # fmt: skip
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
     for name in sorted(listed.keys() | counts.keys()):
         if listed.get(name) != counts.get(name):
-            fail(f"{folder / name} has {counts.get(name, 'no')} tokens, by manifest.json {listed.get(name, 'none')}: run "
-                 "the fineweb.py command that made the folder again, or remove the file if it is not of this dataset")
+            fail(f"{folder / name} has {counts.get(name, 'no')} tokens, "
+                 f"by manifest.json {listed.get(name, 'none')}: run the fineweb.py command that made "
+                 "the folder again, or remove the file if it is not of this dataset")
     if manifest["vocab_size"] > vocab_size:
-        fail(f"{folder} has a vocabulary of {manifest['vocab_size']:,}, the model one of {vocab_size:,}: use another "
-             f"--data_dir or --vocab_size {-(-manifest['vocab_size'] // 128) * 128}")
-    training = sorted(name for name in listed if "_train_" in name)[:train_shards]
-    identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in manifest["shards"]
-                if shard["name"] in training or "_train_" not in shard["name"]]  # fmt: skip
-    data = {"dataset": manifest["dataset"], "tokenizer": manifest["tokenizer"], "vocab_size": manifest["vocab_size"],
-            "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}
+        enough = -(-manifest["vocab_size"] // 128) * 128  # a multiple of 128 suits a GPU
+        fail(f"{folder} has a vocabulary of {manifest['vocab_size']:,}, the model one of "
+             f"{vocab_size:,}: use another --data_dir or --vocab_size {enough}")
+    data = {
+        "dataset": manifest["dataset"],
+        "tokenizer": manifest["tokenizer"],
+        "vocab_size": manifest["vocab_size"],
+        "fingerprint": fingerprint(manifest["shards"], train_shards),
+    }
     if before and before["tokenizer"] != data["tokenizer"]:
-        fail(f"{folder} holds {data['tokenizer']} tokens, the model was trained on {before['tokenizer']} tokens: name "
-             "the right --data_dir")
+        fail(f"{folder} holds {data['tokenizer']} tokens, the model was trained on "
+             f"{before['tokenizer']} tokens: choose the right --data_dir")
     if before and before["fingerprint"] != data["fingerprint"]:
-        say(f"{folder} is not the data that the run began with: from here on it sees other batches than it would have")
+        say(f"warning: {folder} is not the data that the run began with, "
+            "so from here on its batches are others")
     return data
 
 
-class Windows:
-    """The windows of block_size + 1 tokens of a folder's "train" or "val" shards, in order of the text.
+def fingerprint(shards, train_shards):
+    """A hash of the manifest's lines on the validation shard and the first train_shards others."""
+    training = sorted(shard["name"] for shard in shards if "_train_" in shard["name"])
+    unused = set(training) - set(training[:train_shards])
+    identity = []
+    for shard in shards:
+        if shard["name"] not in unused:
+            identity.append([shard["name"], shard["tokens"], shard.get("sha256")])
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
-    A window never crosses the end of a shard; the last token of one is the first of the next, as the
-    target of the one and an input of the other. Only the first max_shards shards and max_tokens tokens are
-    used, so that a folder that holds more gives the same windows; fewer tokens than max_tokens are said in a
-    line. Raises SystemExit if there is not one window.
+
+class Windows:
+    """The windows of block_size + 1 tokens in a folder's "train" or "val" shards, in their order.
+
+    One token more than a model sees: its targets are its inputs moved on by one. So the last token of
+    a window is the first one of the next, there a target and here an input, and each token of a shard
+    is predicted once. A window never crosses the end of a shard.
+
+    Only the first max_shards shards and max_tokens tokens are used, so that a folder that holds more
+    gives the same windows; with less than max_tokens there is a warning. Raises SystemExit if there
+    is not a single window.
     """
 
     def __init__(self, folder, split, block_size, max_shards=None, max_tokens=None):
-        import mmap
-
-        self.block_size, self.shards = block_size, []
-        for path in sorted(Path(folder).glob(f"*_{split}_*.bin"))[:max_shards]:
-            with open(path, "rb") as f:
-                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            if split == "train" and hasattr(mmap, "MADV_RANDOM"):
-                mapped.madvise(mmap.MADV_RANDOM)  # else a cold disk reads 40 times what is asked for
-            self.shards.append(np.frombuffer(mapped, dtype=np.uint16, offset=HEADER_BYTES))
+        self.block_size = block_size
+        paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))[:max_shards]
+        self.shards = [map_shard(path, at_random=split == "train") for path in paths]
         counts = [(len(shard) - 1) // block_size for shard in self.shards]
-        self.first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # each shard's first window
-        if self.first[-1] < 1:
-            fail(f"{folder} has no {split} shard that holds {block_size + 1} tokens: write more text, or use a "
-                 "smaller --block_size")
+        # (number of shards + 1,): the number of each shard's first window, then of all windows
+        self.first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         self.n_windows = int(self.first[-1])
+        if self.n_windows < 1:
+            fail(f"{folder} has no {split} shard that holds {block_size + 1} tokens: "
+                 "write more text, or use a smaller --block_size")
         if max_tokens is not None:
-            if self.n_windows * block_size < max_tokens:
-                say(f"{folder}: only {self.n_windows * block_size:,} of {max_tokens:,} {split} tokens are there")
+            n_tokens = self.n_windows * block_size
+            if n_tokens < max_tokens:
+                say(f"warning: {folder} has only {n_tokens:,} of {max_tokens:,} {split} tokens")
             self.n_windows = min(self.n_windows, max(1, max_tokens // block_size))
 
     def __len__(self):
@@ -772,130 +897,357 @@ class Windows:
         return rows
 
 
+def map_shard(path, at_random):
+    """A shard's tokens (n,) uint16, read from the disk by the system when they are looked at."""
+    with open(path, "rb") as f:
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    # A read of a mapped file makes the system fetch what follows too, in case it is next. Shuffled
+    # windows lie anywhere, so on a disk with nothing cached that is 40 times what we need.
+    if at_random and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype=np.uint16, offset=HEADER_BYTES)
+
+
 def permute(i, n, seed, epoch):
     """Where the pseudo-random permutation number (seed, epoch) of range(n) takes i, an int array.
 
-    A six-round Feistel network over the next power of four, walked on until it lands inside (Black and
-    Rogaway, Ciphers with Arbitrary Finite Domains, 2002): nothing is stored, and i may be asked in any order.
+    A shuffled list of ten million windows would have to be made anew for each epoch and stored. A
+    Feistel network is a permutation by construction and needs neither: it splits a number into two
+    halves (left, right) and maps them to (right, left ^ hash(right)) some times over. Each such round
+    can be undone, whatever the hash, so no two numbers meet.
+
+    It permutes a power of four. Where it takes i beyond n it is applied again until it lands below
+    ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002): again a
+    permutation, of range(n), by fewer than four applications on average.
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of a half
     mask = np.uint64((1 << int(half)) - 1)
     keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
     x = np.asarray(i).astype(np.uint64)
     outside = np.ones(x.shape, dtype=bool)
     while outside.any():
-        left, right = x[outside] >> half, x[outside] & mask
+        left = x[outside] >> half
+        right = x[outside] & mask
         for key in keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # multiply and take high bits, twice
+            # multiply and fold the high bits down, twice: the constants are splitmix64's
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
-        x[outside] = left << half | right
+            mixed = (mixed >> np.uint64(32)) & mask
+            left, right = right, left ^ mixed
+        x[outside] = (left << half) | right
         outside = x >= n
     return x.astype(np.int64)
 
 
 class Loader:
-    """Training batches: global batch number step is batch_rows windows, a function of (data, seed, step) alone.
+    """Training batches. Batch number step is a function of the data, the seed and step alone.
 
-    Window number step * batch_rows + j of an endless sequence of epochs, each a permutation of all windows of
-    its own, is row j. This rank's rows are a slice of it. There is no state, so resuming costs nothing; a
-    background thread reads the next batches ahead. Says at which of max_steps the data begin anew, if they do.
+    Row j of a batch is window number step * batch_rows + j of an endless sequence of epochs, each of
+    them all windows in an order of its own. The batch is the same for any number of processes; each
+    gets its slice of the rows. Nothing is remembered from step to step, so resuming costs nothing. A
+    background thread reads the next batches ahead.
+
+    If the data are used up before max_steps, a warning says from which step on they are repeated.
     """
 
-    def __init__(self, windows, batch_rows, seed, rank=0, world=1, device="cpu", vocab_size=1 << 16, max_steps=0):
-        self.windows, self.batch_rows, self.seed, self.vocab_size = windows, batch_rows, seed, vocab_size
-        self.slice = slice(rank * batch_rows // world, (rank + 1) * batch_rows // world)
+    def __init__(self, windows, batch_rows, seed, rank=0, world=1, device="cpu",
+                 vocab_size=1 << 16, max_steps=0):  # fmt: skip
+        self.windows = windows
+        self.batch_rows = batch_rows
+        self.seed = seed
         self.device = device
-        self.thread, self.ahead = ThreadPoolExecutor(1), {}
+        self.vocab_size = vocab_size
+        begin = rank * batch_rows // world
+        end = (rank + 1) * batch_rows // world
+        self.slice = slice(begin, end)
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = {}  # {step: the future of its rows}
         if max_steps * batch_rows > len(windows):
-            say(f"the data last for {len(windows) // batch_rows:,} steps of {max_steps:,}: step {len(windows) // batch_rows} "
-                "wraps round, to the same windows in another order")
+            steps = len(windows) // batch_rows
+            say(f"warning: the data last for {steps:,} steps of {max_steps:,}: "
+                f"from step {steps} on the same windows come again, in another order")
 
     def ids(self, step):
-        """The window numbers of this rank's rows of global batch number step: (batch_rows / world,) int64."""
+        """The window numbers of this rank's rows of batch number step: (batch_rows / world,) int64."""
         n = len(self.windows)
-        at = step * self.batch_rows + np.arange(self.batch_rows)[self.slice]
-        epochs = at // n
-        return np.concatenate([permute(at[epochs == epoch] % n, n, self.seed, int(epoch))
-                               for epoch in np.unique(epochs)])
+        positions = step * self.batch_rows + np.arange(self.batch_rows)[self.slice]
+        epochs = positions // n  # a batch may hold the end of one epoch and the beginning of the next
+        parts = []
+        for epoch in np.unique(epochs):
+            in_epoch = positions[epochs == epoch] % n
+            parts.append(permute(in_epoch, n, self.seed, int(epoch)))
+        return np.concatenate(parts)
 
     def read(self, step):
+        """This rank's rows of batch number step, on the CPU; pinned if they are going to a GPU."""
         import torch
 
         rows = self.windows.rows(self.ids(step))
-        if rows.max() >= self.vocab_size:
-            raise SystemExit(f"token {rows.max()} in the training shards is beyond the vocabulary of {self.vocab_size}: "
-                             "run `python fineweb.py --verify --out DIR`, or choose a --vocab_size that fits")
+        largest = rows.max()
+        if largest >= self.vocab_size:
+            # not fail(): of several processes it lets only the first speak, but each has other rows
+            raise SystemExit(f"token {largest} in the training shards is beyond the vocabulary of "
+                             f"{self.vocab_size}: run `python fineweb.py --verify --out DIR`, "
+                             "or choose a --vocab_size that fits")
         rows = torch.from_numpy(rows)
-        return rows.pin_memory() if torch.device(self.device).type == "cuda" else rows
+        if torch.device(self.device).type == "cuda":
+            rows = rows.pin_memory()  # so that the copy to the GPU need not be waited for
+        return rows
 
     def batch(self, step):
-        """This rank's rows of global batch number step, on the device: (batch_rows / world, block_size + 1) int64.
+        """This rank's rows of batch number step: (batch_rows / world, block_size + 1) int64.
 
-        Raises SystemExit for a token beyond the vocabulary.
+        They are on the loader's device. Raises SystemExit for a token beyond the vocabulary.
         """
         for wanted in (step, step + 1, step + 2):
             if wanted not in self.ahead:
                 self.ahead[wanted] = self.thread.submit(self.read, wanted)
         rows = self.ahead.pop(step).result()
-        self.ahead = {wanted: rows for wanted, rows in self.ahead.items() if wanted > step}
+        for old in [known for known in self.ahead if known < step]:
+            del self.ahead[old]
         return rows.to(self.device, non_blocking=True)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # Command line
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="fineweb", help="fineweb or fineweb-edu (sample-10BT of each)")
-    parser.add_argument("--pretokenized", action="store_true", help="download ready-made shards")
-    parser.add_argument("--files", nargs="+", type=Path, help="tokenise these .jsonl, .txt or .parquet files instead")
-    parser.add_argument("--sample", action="store_true", help="build the small offline dataset instead")
-    parser.add_argument("--verify", action="store_true", help="check the folder --out against its manifest")
-    parser.add_argument("--shards", type=int, help="stop after so many training shards of 100M tokens (default: all)")
-    parser.add_argument("--out", type=Path, help="folder for the shards (default: data/NAME)")
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard (default: 100M)")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2 or bytes (default: gpt2)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizer processes (default: all cores)")
-    args = parse_strictly(parser)
-    if args.dataset not in DATASETS:
-        fail(f"--dataset {args.dataset}: there are {' and '.join(DATASETS)}")
-    if args.tokenizer not in VOCAB_SIZE:
-        fail(f"--tokenizer {args.tokenizer}: there are {' and '.join(VOCAB_SIZE)}")
-    if args.shards is not None and args.shards < 1:
-        fail(f"--shards {args.shards}: at least 1")
-    if not 1024 <= args.shard_tokens < 2**31:  # the header holds an int32
-        fail(f"--shard_tokens {args.shard_tokens}: from 1,024 to 2,147,483,647")
-    if args.workers < 0:
-        fail(f"--workers {args.workers}: at least 0 (tokenise in this process)")
-    if args.sample:
-        folder = args.out or Path("data/sample")
+    args = parse_command_line()
+    if args.out:
+        folder = args.out
+    elif args.sample:
+        folder = Path(SAMPLE)
     elif args.files:
-        folder = args.out or Path("data") / args.files[0].stem
+        folder = Path("data") / args.files[0].stem
     else:
-        folder = args.out or Path(DATASETS[args.dataset][3])
+        folder = Path(DATASETS[args.dataset]["out"])
     try:
         if args.verify:
-            return verify(folder)
-        if args.sample:
-            write_sample(folder)
-        elif args.pretokenized:
-            download_shards(folder, args.dataset, args.shards)
-        else:
-            get_tokenizer(args.tokenizer)  # fails here, with its one line, rather than in every worker
-            how = (args.shards, args.shard_tokens, args.tokenizer, args.workers)
-            tokenize_files(folder, args.files, *how) if args.files else tokenize_hub(folder, args.dataset, *how)
+            verify(folder)
+            return
+        write_dataset(folder, args)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on after the last finished shard")
+        raise SystemExit("interrupted: run the same command again to go on after the last shard")
     except BrokenProcessPool:
-        fail("a tokenizer process was killed, probably for its memory: run the same command again with fewer --workers")
+        fail("a tokenizer process was killed, probably because memory ran out: "
+             "run the same command again with fewer --workers")
     except OSError as error:
         fail(f"{error.filename or folder}: {error.strerror or error}")
-    manifest = read_manifest(folder)
-    tokens = sum(shard["tokens"] for shard in manifest["shards"])
-    print(f"{folder}: {len(manifest['shards'])} shards, {tokens:,} tokens. Next: "
-          f"python train_gpt2.py {'--tiny' if args.sample else f'--data_dir {folder}'}")
+    shards = read_manifest(folder)["shards"]
+    n_tokens = sum(shard["tokens"] for shard in shards)
+    print(f"{folder}: {len(shards)} shards, {n_tokens:,} tokens")
+    print(f"Next: {next_command(folder, shards, args.sample)}")
+
+
+def parse_command_line():
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    add = parser.add_argument
+    add("--dataset", default="fineweb", help="fineweb or fineweb-edu, sample-10BT of each [fineweb]")
+    add("--pretokenized", action="store_true", help="download ready-made shards of it")
+    add("--files", nargs="+", type=Path, help="use these .jsonl, .txt or .parquet files instead")
+    add("--sample", action="store_true", help="write the small offline dataset instead")
+    add("--verify", action="store_true", help="only check the folder against its manifest")
+    add("--shards", type=int, help="stop after this many training shards [all]")
+    add("--out", type=Path, help="folder for the shards [data/NAME]")
+    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard [100000000]")
+    add("--tokenizer", default="gpt2", help="gpt2 or bytes [gpt2]")
+    add("--workers", type=int, default=os.cpu_count(), help="tokenizer processes [one per core]")
+    args = parse_strictly(parser)
+    if args.dataset not in DATASETS:
+        fail(f"--dataset {args.dataset}: choose {' or '.join(DATASETS)}")
+    if args.tokenizer not in VOCAB_SIZE:
+        fail(f"--tokenizer {args.tokenizer}: choose {' or '.join(VOCAB_SIZE)}")
+    if args.shards is not None and args.shards < 1:
+        fail(f"--shards {args.shards}: must be at least 1")
+    if not 1024 <= args.shard_tokens < 2**31:  # the header holds an int32
+        fail(f"--shard_tokens {args.shard_tokens}: must be from 1,024 to 2,147,483,647")
+    if args.workers < 0:
+        fail(f"--workers {args.workers}: must be at least 0 (no other processes)")
+    return args
+
+
+def write_dataset(folder, args):
+    """Writes what the command line asks for. Shard number 0 is for validation, so --shards N ends with N."""
+    if args.sample:
+        write_sample(folder)
+        return
+    if args.pretokenized:
+        download_shards(folder, args.dataset, args.shards)
+        return
+    get_tokenizer(args.tokenizer)  # if it fails, then here, once, and not in every worker
+    how = (args.shards, args.shard_tokens, args.tokenizer, args.workers)
+    if args.files:
+        tokenize_files(folder, args.files, *how)
+    else:
+        tokenize_hub(folder, args.dataset, *how)
+
+
+def next_command(folder, shards, sample):
+    """The training command that suits a folder: one epoch of its tokens, but at most the full run."""
+    command = "python train_gpt2.py"
+    if sample:
+        command += " --tiny"
+    default = SAMPLE if sample else DATASETS["fineweb"]["out"]
+    if folder != Path(default):
+        command += f' --data_dir "{folder}"' if " " in str(folder) else f" --data_dir {folder}"
+    training = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"])
+    steps = training // BATCH_TOKENS
+    if not sample and 1 <= steps < MAX_STEPS:
+        warmup_steps = -(-WARMUP_STEPS * steps // MAX_STEPS)  # the same part of the run, rounded up
+        command += f" --max_steps {steps} --warmup_steps {warmup_steps}"
+    return command
+
+
+# ==================================================================================================
+# Shared by all programs here
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit status 1.
+
+    Of several processes on a machine that fail for the same reason only the first says it.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    raise SystemExit(message if first else 1)
+
+
+def say(message):
+    """Prints a line at once, in the first of all processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def option(default, help, choices=None, zero=False):
+    """A dataclass field that is a command-line option as well; zero: a number that may be 0."""
+    about = {"help": help, "choices": choices, "zero": zero}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def parse_options(parser, Config, recipe={}, tiny={}):
+    """Parses the command line, with an option --NAME for each field of the dataclass Config.
+
+    Returns ({field: value} of the fields that are given, the Namespace of all arguments).
+    recipe, tiny: {field: value} that replace defaults, by themselves and with --tiny; the help says so.
+    """
+    fields = dataclasses.fields(Config)
+    for field in fields:
+        names = [f"--{field.name}"]
+        if field.name == "run_name":
+            names.append("--run")  # shorter, but torchrun takes it for an abbreviation of its own
+        value = default_text(field, recipe, tiny)
+        parser.add_argument(
+            *names,
+            dest=field.name,
+            type=field.type,
+            choices=field.metadata["choices"],
+            metavar="",
+            default=argparse.SUPPRESS,  # so that we can tell what was given
+            help=f"{field.metadata['help']} {value}".replace("%", "%%"),
+        )
+    args = parse_strictly(parser)
+    given = {field.name: getattr(args, field.name) for field in fields if field.name in args}
+    return given, args
+
+
+def default_text(field, recipe, tiny):
+    """A field's value if it is not given, as the help shows it: "[0.0008]; --tiny: [0.002]"."""
+    value = recipe.get(field.name, field.default)
+    text = f"[{value}]"
+    if value != field.default:
+        text += f"; --recipe shared: [{field.default}]"
+    if tiny.get(field.name, value) != value:
+        text += f"; --tiny: [{tiny[field.name]}]"
+    return text
+
+
+def parse_strictly(parser):
+    """The parsed command line. A wrong name or value gives one line, with the closest name (SystemExit)."""
+    parser.allow_abbrev = False
+    parser.error = fail
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        names = []
+        for action in parser._actions:
+            names += action.option_strings
+        close = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0)
+        fail(f"unknown option {unknown[0]}: did you mean {close[0]}? (--help lists them all)")
+    return args
+
+
+def open_log(path, step):
+    """Opens a run's log.jsonl for appending, without its lines on this step and later ones.
+
+    A run that is resumed at step writes these again. path None: a file that keeps nothing, for the
+    processes that don't log.
+    """
+    if path is None:
+        return open(os.devnull, "w")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for line in old:
+        try:
+            logged = json.loads(line).get("step", -1)
+        except ValueError:  # a killed run may leave half a line
+            continue
+        if logged < step:
+            kept.append(line)
+    content = "".join(kept).encode()
+    write_atomic(path, lambda f: f.write(content))
+    return open(path, "a", buffering=1)  # each line is in the file as soon as it is written
+
+
+def write_atomic(path, write):
+    """Makes the file path by write(f), f a binary file.
+
+    Whenever the program or the machine stops, path is the whole old file or the whole new one.
+    Raises SystemExit if it can't be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as f:
+            write(f)
+            f.flush()
+            # The name must not reach the disk before the content: after a power cut there would be a
+            # file of the right name with nothing in it.
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        partial.unlink(missing_ok=True)
+        fail(f"{path} can't be written ({error}): make room, then run the same command again to go on")
+
+
+def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
+    """The result of action(), which is tried again after each pause (in seconds) on a network error.
+
+    what: its name in messages. Raises SystemExit after the last pause, or at once if trying again
+    won't help. The environment variable RETRY_SECONDS scales the pauses.
+    """
+    for pause in (*pauses, None):
+        try:
+            return action()
+        except Exception as error:
+            # The hub's client has changed its HTTP library, whose errors are no OSErrors.
+            library = type(error).__module__.split(".")[0]
+            if not isinstance(error, OSError) and library not in ("httpx", "httpcore"):
+                raise
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            if status:
+                reason = f"HTTP {status}"
+            else:
+                words = " ".join(str(error).split())[:100]
+                reason = f"{type(error).__name__}: {words}"
+            disk_full = getattr(error, "errno", None) == errno.ENOSPC
+            hopeless = status in (400, 401, 403, 404, 410) or disk_full
+        if pause is None or hopeless:
+            fail(f"{what} could not be downloaded ({reason}): run the same command again later; "
+                 "it goes on from here")
+        say(f"{what}: {reason}; trying again in {pause} s")
+        time.sleep(pause * float(os.environ.get("RETRY_SECONDS", "1")))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, text
 
 import fineweb
+import train_gpt2
 
 
 def write(folder, *options):
     """Runs fineweb.py with these options in folder: (exit status, what it printed)."""
     command = [sys.executable, ROOT / "fineweb.py", *map(str, options)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    result = subprocess.run(command, cwd=folder, **quiet)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -30,16 +33,23 @@ def write_jsonl(path, texts):
     return path
 
 
+def tokens_in(shard):
+    return np.fromfile(shard, dtype=np.uint16, offset=fineweb.HEADER_BYTES)
+
+
 def tokens_of(folder):
     """All tokens of a folder's shards, in order."""
     paths = sorted(folder.glob("*.bin"), key=lambda path: path.name[-10:])
-    return np.concatenate([np.fromfile(path, dtype=np.uint16, offset=fineweb.HEADER_BYTES) for path in paths])
+    return np.concatenate([tokens_in(path) for path in paths])
 
 
 def straight(texts, name="bytes"):
     """The tokens of documents, without any of the writer's machinery."""
     encoding = fineweb.get_tokenizer(name)
-    return np.array([token for text in texts for token in [encoding.eot_token] + encoding.encode_ordinary(text)])
+    tokens = []
+    for text in texts:
+        tokens += [encoding.eot_token, *encoding.encode_ordinary(text)]
+    return np.array(tokens)
 
 
 def bytes_of(folder):
@@ -67,9 +77,11 @@ def test_gpt2_tokenizer_from_local_files_or_cache(tmp_path, monkeypatch):
         encoding = fineweb.get_tokenizer("gpt2")
     except SystemExit:
         pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
-    assert encoding.encode_ordinary("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    tokens = encoding.encode_ordinary("Hello, I'm a language model,")
+    assert tokens == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     tokens, counts = fineweb.tokenize(["Hello world", ""], True, encoding)
-    assert tokens.tolist() == [50256, 15496, 995, 50256] and counts.tolist() == [3, 1] and tokens.dtype == np.uint16
+    assert tokens.tolist() == [50256, 15496, 995, 50256] and tokens.dtype == np.uint16
+    assert counts.tolist() == [3, 1]
 
 
 def test_shards_hold_the_documents_in_order(tmp_path):
@@ -79,7 +91,8 @@ def test_shards_hold_the_documents_in_order(tmp_path):
     expected = straight(texts)
     assert np.array_equal(tokens_of(tmp_path / "out"), expected)
     manifest = fineweb.read_manifest(tmp_path / "out")
-    assert manifest["complete"] and manifest["tokenizer"] == "bytes" and manifest["vocab_size"] == 257
+    assert manifest["complete"]
+    assert manifest["tokenizer"] == "bytes" and manifest["vocab_size"] == 257
     counts = [shard["tokens"] for shard in manifest["shards"]]
     assert sum(counts) == len(expected) and set(counts[1:-1]) == {5000}
     header = np.fromfile(tmp_path / "out/fineweb_val_000000.bin", dtype=np.int32, count=256)
@@ -90,8 +103,8 @@ def test_shards_hold_the_documents_in_order(tmp_path):
 def test_result_does_not_depend_on_the_number_of_workers(tmp_path, workers):
     path = write_jsonl(tmp_path / "a.jsonl", documents(700))
     in_process(tmp_path / "inline", [path], 50_000)
-    status, said = write(tmp_path, "--files", path, "--tokenizer", "bytes", "--shard_tokens", 50_000, "--out", "out",
-                         "--workers", workers)
+    options = ["--tokenizer", "bytes", "--shard_tokens", 50_000, "--workers", workers]
+    status, said = write(tmp_path, "--files", path, *options, "--out", "out")
     assert status == 0, said
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "inline")
 
@@ -102,7 +115,8 @@ def test_stopped_after_any_shard_it_goes_on_to_the_same_bytes(tmp_path):
 
     texts = documents(30)
     parquet = tmp_path / "b.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": list(range(30))}), parquet, row_group_size=7)
+    table = pyarrow.table({"text": texts, "id": list(range(30))})
+    pyarrow.parquet.write_table(table, parquet, row_group_size=7)
     story = tmp_path / "c.txt"
     story.write_text("\n".join(text(200, i) for i in range(20)))
     paths = [write_jsonl(tmp_path / "a.jsonl", documents(30, 100)), parquet, story]
@@ -116,7 +130,8 @@ def test_stopped_after_any_shard_it_goes_on_to_the_same_bytes(tmp_path):
         in_process(tmp_path / "out", paths)
         assert bytes_of(tmp_path / "out") == whole
         shutil.rmtree(tmp_path / "out")
-    assert np.array_equal(tokens_of(tmp_path / "whole"), straight(documents(30, 100) + texts + [story.read_text()]))
+    expected = straight(documents(30, 100) + texts + [story.read_text()])
+    assert np.array_equal(tokens_of(tmp_path / "whole"), expected)
 
 
 def test_killed_and_run_again_gives_the_same_bytes_and_redoes_no_finished_shard(tmp_path):
@@ -124,8 +139,9 @@ def test_killed_and_run_again_gives_the_same_bytes_and_redoes_no_finished_shard(
     options = ["--files", path, "--tokenizer", "bytes", "--shard_tokens", "20000", "--workers", "2", "--out"]
     assert write(tmp_path, *options, "whole")[0] == 0
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, ROOT / "fineweb.py", *options, out], cwd=tmp_path, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, ROOT / "fineweb.py", *options, out]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **silent)
     while len(list(out.glob("*.bin"))) < 5 and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -160,7 +176,7 @@ def test_verify_names_the_bad_shards_and_the_writer_rebuilds_them(tmp_path):
     ("a.jsonl", b'{"text": "one"}\nnonsense\n', "a.jsonl, line 2 is not"),
     ("a.jsonl", b'{"text": null}\n', "a.jsonl, line 1 is not"),
     ("a.txt", b"abc \xff\xfe def", "a.txt is not UTF-8"),
-    ("a.parquet", b"PAR1 no, it is not", "a.parquet is not a parquet file"),
+    ("a.parquet", b"PAR1 no, it is not", "a.parquet is not a parquet file, or only part of one"),
     ("a.csv", b"text\nhello\n", "must be a .jsonl, .txt or .parquet"),
 ])  # fmt: skip
 def test_unreadable_text_is_one_line(tmp_path, name, content, message):
@@ -173,7 +189,8 @@ def test_parquet_without_text_is_one_line(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    table = pyarrow.table({"content": ["a"], "id": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(SystemExit, match="no column 'text' .it has content, id."):
         in_process(tmp_path / "out", [tmp_path / "a.parquet"])
 
@@ -190,47 +207,108 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--shard", "1"], "unknown option --shard: did you mean --shards?"),
-    (["--dataset", "c4"], "--dataset c4: there are fineweb and fineweb-edu"),
+    (["--dataset", "c4"], "--dataset c4: choose fineweb or fineweb-edu"),
     (["--shards", "many"], "argument --shards: invalid int value: 'many'"),
-    (["--shards", "0"], "--shards 0: at least 1"),
+    (["--shards", "0"], "--shards 0: must be at least 1"),
+    (["--shard_tokens", "5"], "--shard_tokens 5: must be from 1,024 to 2,147,483,647"),
+    (["--workers", "-1"], "--workers -1: must be at least 0"),
     (["--files", "nowhere.txt"], "nowhere.txt is not a file"),
-    (["--files", "x.txt", "--tokenizer", "gpt4"], "--tokenizer gpt4: there are gpt2 and bytes"),
+    (["--files", "x.txt", "--tokenizer", "gpt4"], "--tokenizer gpt4: choose gpt2 or bytes"),
     (["--verify", "--out", "nowhere"], "nowhere has no manifest.json"),
 ])  # fmt: skip
-def test_bad_options_are_one_line(tmp_path, options, message):
-    status, said = write(tmp_path, *options, *([] if "--tokenizer" in options else ["--tokenizer", "bytes"]))
+def test_bad_options_are_one_line(run, options, message):
+    if "--tokenizer" not in options:
+        options = [*options, "--tokenizer", "bytes"]
+    status, said = run(fineweb, *options)
     assert status == 1 and message in said and said.count("\n") == 1, said
 
 
+def test_a_bad_option_ends_the_process_with_one_line(tmp_path):
+    status, said = write(tmp_path, "--shard", "1")
+    assert status == 1 and said.startswith("unknown option --shard:") and said.count("\n") == 1, said
+
+
 def test_missing_vocabulary_is_one_line(tmp_path):
-    command = [sys.executable, ROOT / "fineweb.py", "--files", __file__]
     shutil.copy(__file__, tmp_path / "a.txt")
-    command[-1] = "a.txt"
-    nowhere = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9"}
+    command = [sys.executable, ROOT / "fineweb.py", "--files", "a.txt"]
+    cache = str(tmp_path / "empty")
+    nowhere = {**os.environ, "TIKTOKEN_CACHE_DIR": cache, "https_proxy": "http://127.0.0.1:9"}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=nowhere)
-    assert result.returncode == 1 and "put vocab.bpe and encoder.json into data/gpt2/" in result.stderr
+    assert result.returncode == 1
+    assert "GPT-2's vocabulary can't be loaded" in result.stderr
+    assert "put vocab.bpe and encoder.json into data/gpt2/" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_too_little_disk_is_said_first(tmp_path, monkeypatch):
+def test_too_little_disk_space_stops_before_anything_is_written(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", documents(40))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(SystemExit, match="make room, choose another --out, or start small with --shards N"):
+    full = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    way_out = "make room, choose another --out, or start small with --shards N"
+    with pytest.raises(SystemExit, match=way_out):
         in_process(tmp_path / "out", [path])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tokens, options", [
+    ([100_000_000] * 10, " --max_steps 1907 --warmup_steps 72"),  # what --shards 10 writes
+    ([100_000_000] * 2, " --max_steps 381 --warmup_steps 15"),
+    ([2**19], " --max_steps 1 --warmup_steps 1"),
+    ([2**19 - 1], ""),  # not even one step
+    ([], ""),
+    ([100_000_000] * 99, " --max_steps 18882 --warmup_steps 708"),
+    ([100_000_000] * 100, ""),  # the full run, which is the default
+    ([100_000_000] * 103, ""),
+])  # fmt: skip
+def test_the_next_command_fits_the_tokens(tokens, options):
+    shards = [{"name": "fineweb_val_000000.bin", "tokens": 100_000_000}]
+    for number, n in enumerate(tokens, 1):
+        shards.append({"name": f"fineweb_train_{number:06d}.bin", "tokens": n})
+
+    def command(folder, sample=False):
+        return fineweb.next_command(Path(folder), shards, sample)
+
+    assert command("data/fineweb10B") == "python train_gpt2.py" + options
+    assert command("data/mine") == "python train_gpt2.py --data_dir data/mine" + options
+    assert command("my data") == 'python train_gpt2.py --data_dir "my data"' + options
+    assert command("data/sample", sample=True) == "python train_gpt2.py --tiny"
+    assert command("else", sample=True) == "python train_gpt2.py --tiny --data_dir else"
+
+
+def test_the_next_command_scales_the_training_scripts_defaults():
+    config = train_gpt2.Config()
+    assert fineweb.BATCH_TOKENS == config.batch_tokens
+    assert fineweb.MAX_STEPS == config.max_steps
+    assert fineweb.WARMUP_STEPS == config.warmup_steps
+    assert fineweb.DATASETS["fineweb"]["out"] == config.data_dir
+    assert fineweb.SAMPLE == train_gpt2.TINY_RUN["data_dir"]
+
+
+def test_the_last_line_is_the_next_command(run, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", documents(4))
+    options = ["--tokenizer", "bytes", "--workers", 0, "--out", "out"]
+    status, said = run(fineweb, "--files", "a.jsonl", *options)
+    tokens = len(straight(documents(4)))
+    assert status == 0
+    assert said.splitlines()[-2:] == [
+        f"out: 2 shards, {tokens:,} tokens",
+        "Next: python train_gpt2.py --data_dir out",
+    ]
 
 
 def test_sample_dataset(sample):
     manifest = fineweb.read_manifest(sample)
     tokens = tokens_of(sample)
-    assert 3_000_000 < len(tokens) < 20_000_000 and manifest["tokenizer"] == "bytes" and manifest["complete"]
+    assert manifest["tokenizer"] == "bytes" and manifest["complete"]
+    assert 3_000_000 < len(tokens) < 20_000_000
     assert tokens.max() == 256 and (tokens == 256).mean() < 0.01
     letters = np.isin(tokens, np.frombuffer(b"etaoinshr ", dtype=np.uint8))
     assert letters.mean() > 0.6  # it is English
     items = [json.loads(line) for line in (sample / "cloze.jsonl").read_text().splitlines()]
     assert len(items) == 400
-    val = np.fromfile(sample / "fineweb_val_000000.bin", dtype=np.uint16, offset=fineweb.HEADER_BYTES)
-    held_out = " ".join(val.clip(0, 255).astype(np.uint8).tobytes().decode("latin-1").split())
+    val = tokens_in(sample / "fineweb_val_000000.bin")
+    held_out = val.clip(0, 255).astype(np.uint8).tobytes().decode("latin-1")
+    held_out = " ".join(held_out.split())
     for item in items:
         assert len(set(item["endings"])) == 4
         assert item["ctx"] + " " + item["endings"][item["label"]] in held_out
@@ -245,7 +323,7 @@ def test_sample_dataset(sample):
 def small_dataset(tmp_path, capsys=None):
     in_process(tmp_path / "data", [write_jsonl(tmp_path / "a.jsonl", documents(120))])
     if capsys:
-        capsys.readouterr()  # what the writer says is not asked about
+        capsys.readouterr()  # drops what the writer printed
     return tmp_path / "data"
 
 
@@ -260,7 +338,8 @@ def test_permutation_is_stateless_and_spread(n=9_765_600):
     image = fineweb.permute(ids, n, 1337, 0)
     assert np.array_equal(image[100:200], fineweb.permute(ids[100:200], n, 1337, 0))
     assert len(np.unique(image)) == len(ids) and image.min() >= 0 and image.max() < n
-    assert abs(image.mean() / n - 0.5) < 0.02 and abs(np.corrcoef(ids, image)[0, 1]) < 0.05
+    assert abs(image.mean() / n - 0.5) < 0.02
+    assert abs(np.corrcoef(ids, image)[0, 1]) < 0.05
     for other in ((1337, 1), (1338, 0)):
         assert (image == fineweb.permute(ids, n, *other)).mean() < 0.01
     in_a_row = np.diff(fineweb.permute(np.arange(5000), n, 1337, 0))
@@ -283,21 +362,24 @@ def test_batches_are_the_same_for_any_number_of_ranks(tmp_path):
         whole = fineweb.Loader(windows, 16, seed=5).batch(step)
         assert whole.shape == (16, 33)
         for world in (2, 4, 8):
-            parts = [fineweb.Loader(windows, 16, 5, rank, world).batch(step) for rank in range(world)]
+            loaders = [fineweb.Loader(windows, 16, 5, rank, world) for rank in range(world)]
+            parts = [loader.batch(step) for loader in loaders]
             assert all(len(part) == 16 // world for part in parts)
             assert np.array_equal(np.concatenate(parts), whole)
 
 
 def test_every_window_once_per_epoch_and_each_epoch_in_another_order(tmp_path):
     windows = fineweb.Windows(small_dataset(tmp_path), "train", 32)
-    loader, n = fineweb.Loader(windows, 16, seed=5), len(windows)
+    loader = fineweb.Loader(windows, 16, seed=5)
+    n = len(windows)
     steps = -(-3 * n // 16)
     assert n % 16  # so that an epoch ends within a batch
     ids = np.concatenate([loader.ids(step) for step in range(steps)])
     epochs = [ids[k * n : (k + 1) * n] for k in range(3)]
     for epoch in epochs:
         assert np.array_equal(np.sort(epoch), np.arange(n))
-    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[1], epochs[2])
     assert not np.array_equal(np.sort(epochs[0][:16]), np.arange(16))
 
 
@@ -306,7 +388,7 @@ def test_windows_are_the_text_and_never_cross_a_shard(tmp_path):
     windows = fineweb.Windows(folder, "train", 32)
     rows = iter(windows.rows(np.arange(len(windows))))
     for path in sorted(folder.glob("*_train_*.bin")):
-        tokens = np.fromfile(path, dtype=np.uint16, offset=fineweb.HEADER_BYTES).astype(np.int64)
+        tokens = tokens_in(path).astype(np.int64)
         for k in range((len(tokens) - 1) // 32):
             assert np.array_equal(next(rows), tokens[32 * k : 32 * k + 33])
     assert next(rows, None) is None
@@ -323,19 +405,22 @@ def test_more_shards_than_asked_for_change_nothing(tmp_path):
 def test_validation_is_the_beginning_of_its_shard(tmp_path, capsys):
     folder = small_dataset(tmp_path, capsys)
     windows = fineweb.Windows(folder, "val", 32, max_tokens=320)
-    tokens = np.fromfile(folder / "fineweb_val_000000.bin", dtype=np.uint16, offset=fineweb.HEADER_BYTES)
-    assert len(windows) == 10 and np.array_equal(windows.rows(range(10))[:, :-1].ravel(), tokens[:320])
+    tokens = tokens_in(folder / "fineweb_val_000000.bin")
+    assert len(windows) == 10
+    assert np.array_equal(windows.rows(range(10))[:, :-1].ravel(), tokens[:320])
     assert capsys.readouterr().out == ""
     fineweb.Windows(folder, "val", 32, max_tokens=10**6)
-    assert "of 1,000,000 val tokens are there" in capsys.readouterr().out
+    assert "of 1,000,000 val tokens" in capsys.readouterr().out
 
 
-def test_wrapping_round_is_said(tmp_path, capsys):
+def test_data_that_repeat_give_a_warning(tmp_path, capsys):
     windows = fineweb.Windows(small_dataset(tmp_path, capsys), "train", 32)
     fineweb.Loader(windows, 16, 0, max_steps=len(windows) // 16)
     assert capsys.readouterr().out == ""
     fineweb.Loader(windows, 16, 0, max_steps=len(windows) // 16 + 1)
-    assert f"the data last for {len(windows) // 16} steps" in capsys.readouterr().out
+    steps = len(windows) // 16
+    warning = capsys.readouterr().out
+    assert f"the data last for {steps} steps of {steps + 1}: from step {steps} on" in warning
 
 
 def test_bad_datasets_are_one_line_with_the_way_out(tmp_path):
@@ -371,10 +456,11 @@ def test_bad_datasets_are_one_line_with_the_way_out(tmp_path):
         fineweb.Windows(folder, "val", 1_000_000)
 
 
-def test_other_data_than_before_is_said(tmp_path, capsys):
+def test_other_data_than_before_gives_a_warning(tmp_path, capsys):
     folder = small_dataset(tmp_path, capsys)
     data = fineweb.open_dataset(folder)
-    assert fineweb.open_dataset(folder, before=data) == data and capsys.readouterr().out == ""
+    assert fineweb.open_dataset(folder, before=data) == data
+    assert capsys.readouterr().out == ""
     fineweb.open_dataset(folder, before={**data, "fingerprint": "other"})
     assert "is not the data that the run began with" in capsys.readouterr().out
 

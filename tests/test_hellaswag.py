@@ -1,13 +1,11 @@
 """The four-way scorer."""
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, text
+import torch.nn.functional as F
+from conftest import text
 
 import fineweb
 import hellaswag
@@ -17,16 +15,25 @@ ENCODE = fineweb.get_tokenizer("bytes").encode_ordinary
 
 
 def item(ctx, endings, label=0, **fields):
-    return {"activity_label": "", "ctx": ctx, "ctx_a": ctx, "ctx_b": "", "endings": endings, "label": label, **fields}
+    common = {"activity_label": "", "ctx": ctx, "ctx_a": ctx, "ctx_b": ""}
+    return {**common, "endings": endings, "label": label, **fields}
 
 
 def random_items(n, seed=0):
     rng = np.random.default_rng(seed)
     items = []
     for i in range(n):
-        context, *endings = [text(int(k), 100 * seed + 10 * i + j) for j, k in enumerate(rng.integers(2, 14, size=5))]
-        items.append(item(context, [f"{ending} {k}" for k, ending in enumerate(endings)], int(rng.integers(4))))
+        texts = []
+        for j, n_words in enumerate(rng.integers(2, 14, size=5)):
+            texts.append(text(int(n_words), 100 * seed + 10 * i + j))
+        endings = [f"{ending} {k}" for k, ending in enumerate(texts[1:])]
+        items.append(item(texts[0], endings, int(rng.integers(4))))
     return items
+
+
+def write_items(path, items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
 
 
 def losses_by_byte(table):
@@ -38,6 +45,11 @@ def labels_of(items):
     return np.array([item["label"] for item in items])
 
 
+def score_by_byte(table, items, convention):
+    batches = hellaswag.make_batches(items, convention, ENCODE, 64)
+    return hellaswag.score(losses_by_byte(table), batches, labels_of(items), convention)
+
+
 def test_by_hand():
     # only the letters cost anything: a 1, b 2, c 3; the space before an ending is free
     table = torch.zeros(257)
@@ -47,34 +59,35 @@ def test_by_hand():
         item("a", ["cc", "ab", "a", "bbb"], 2),  # sums 6 3 1 6: 2; means 2 1 1/2 3/2: 2
         item("b", ["ccc", "a.......", "b", "bb"], 0),  # sums 9 1 2 4: 1; means 9/4 1/9 1 4/3: 1
     ]
-    batches = hellaswag.make_batches(items, "nanogpt", ENCODE, 64)
-    result = hellaswag.score(losses_by_byte(table), batches, labels_of(items), "nanogpt")
+    result = score_by_byte(table, items, "nanogpt")
     assert result["predictions"] == "121" and result["predictions_norm"] == "021"
     assert result["acc"] == pytest.approx(2 / 3) and result["acc_norm"] == pytest.approx(1 / 3)
     assert result["acc_se"] == pytest.approx((2 / 9 / 3) ** 0.5) and result["n"] == 3
     # by characters: 4/4 2/1 6/2 4/2: 0; 6/2 3/2 1/1 6/3: 2; 9/3 1/8 2/1 4/2: 1
-    batches = hellaswag.make_batches(items, "harness", ENCODE, 64)
-    result = hellaswag.score(losses_by_byte(table), batches, labels_of(items), "harness")
+    result = score_by_byte(table, items, "harness")
     assert result["predictions"] == "121" and result["predictions_norm"] == "021"
-    # where characters and tokens differ: the space counts as a token, so 3/3 < 3/2 but 3/2 < 3/1 ... and é is two
+
+
+def test_by_hand_where_tokens_and_characters_differ():
+    # nanogpt counts the space before an ending, and é is two bytes
     items = [item("a", ["é", "ab", "ccccccc", "ccccccc"], 0)]
+    table = torch.zeros(257)
+    table[[97, 98, 99]] = torch.tensor([1.0, 2.0, 3.0])
+    # é 1.5: mean of its three tokens 0.5 < 3/3; of its one character 1.5, equal to ab's 3/2
     table[ENCODE("é")] = torch.tensor([1.5, 0.0])
-    for convention, chosen in (("nanogpt", "0"), ("harness", "0")):
-        batches = hellaswag.make_batches(items, convention, ENCODE, 64)
-        result = hellaswag.score(losses_by_byte(table), batches, labels_of(items), convention)
-        assert result["predictions_norm"] == chosen
-    table[ENCODE("é")] = torch.tensor([1.6, 0.2])  # mean of three tokens 0.6 < 1; of one character 1.8 > 1.5
-    chosen = {}
     for convention in hellaswag.CONVENTIONS:
-        batches = hellaswag.make_batches(items, convention, ENCODE, 64)
-        chosen[convention] = hellaswag.score(losses_by_byte(table), batches, labels_of(items), convention)["predictions_norm"]
-    assert chosen == {"nanogpt": "0", "harness": "1"}
+        assert score_by_byte(table, items, convention)["predictions_norm"] == "0"
+    # é 1.8: mean of its three tokens 0.6 < 3/3; of its one character 1.8 > 3/2
+    table[ENCODE("é")] = torch.tensor([1.6, 0.2])
+    assert score_by_byte(table, items, "nanogpt")["predictions_norm"] == "0"
+    assert score_by_byte(table, items, "harness")["predictions_norm"] == "1"
 
 
 def test_conventions_word_the_prompt_as_published():
-    wikihow = item("How to cook rice [header] Wash it. [title] Use cold water.", ["[substeps] Rinse  it.", "b", "c", "d"],
-                   activity_label="Food", ctx_a="How to cook rice [header] Wash it. [title] Use cold water.", ctx_b="then you")
-    wikihow["ctx"] = wikihow["ctx_a"] + " then you"
+    beginning = "How to cook rice [header] Wash it. [title] Use cold water."
+    endings = ["[substeps] Rinse  it.", "b", "c", "d"]
+    wikihow = item(beginning, endings, activity_label="Food", ctx_b="then you")
+    wikihow["ctx"] = beginning + " then you"
     context, endings = hellaswag.prompt_and_endings(wikihow, "nanogpt")
     assert context == wikihow["ctx"] and endings[0] == "[substeps] Rinse  it."
     context, endings = hellaswag.prompt_and_endings(wikihow, "harness")
@@ -83,7 +96,8 @@ def test_conventions_word_the_prompt_as_published():
 
 
 def test_harness_preprocessing_equals_lm_evaluation_harness():
-    # values worked out by hand from lm_eval/tasks/hellaswag/utils.py: strip, " [title]" -> ". ", drop [...], "  " -> " "
+    # worked out by hand from lm_eval/tasks/hellaswag/utils.py:
+    # strip, " [title]" -> ". ", drop [...], "  " -> " "
     assert hellaswag.clean("  a [title] b ") == "a. b"
     assert hellaswag.clean("a [step] b") == "a b"
     assert hellaswag.clean("[header] How to x [title] Do y. [step] Then z.") == " How to x. Do y. Then z."
@@ -93,19 +107,24 @@ def test_harness_preprocessing_equals_lm_evaluation_harness():
 def test_targets_are_the_endings_and_nothing_else():
     items = random_items(20)
     seen = set()
-    for numbers, inputs, targets, characters in hellaswag.make_batches(items, "nanogpt", ENCODE, 512, 3):
-        assert inputs.shape == targets.shape and inputs.shape[0] == 12 and inputs.shape[1] % 8 == 0
+    batches = hellaswag.make_batches(items, "nanogpt", ENCODE, 512, 3)
+    for numbers, inputs, targets, characters in batches:
+        assert inputs.shape == targets.shape
+        assert inputs.shape[0] == 12 and inputs.shape[1] % 8 == 0
         for at, number in enumerate(numbers):
             seen.add(int(number))
             for k, ending in enumerate(items[number]["endings"]):
-                row, goal = inputs[4 * at + k], targets[4 * at + k]
+                row = inputs[4 * at + k]
+                goal = targets[4 * at + k]
                 scored = np.flatnonzero(goal >= 0)
                 assert goal[scored].tolist() == ENCODE(" " + ending)
-                assert row[: scored[-1] + 1].tolist() == ENCODE(items[number]["ctx"] + " " + ending)[:-1]
+                whole = ENCODE(items[number]["ctx"] + " " + ending)
+                assert row[: scored[-1] + 1].tolist() == whole[:-1]
                 assert characters[at, k] == len(ending)
         assert (targets[4 * len(numbers) :] == -1).all()
     assert seen == set(range(20))
-    assert len({batch[1].shape for batch in hellaswag.make_batches(items, "nanogpt", ENCODE, 512)}) <= 4
+    batches = hellaswag.make_batches(items, "nanogpt", ENCODE, 512)
+    assert len({inputs.shape for _, inputs, _, _ in batches}) <= 4
 
 
 def test_a_long_context_loses_its_beginning():
@@ -126,31 +145,43 @@ def model():
     return model
 
 
-def test_same_answers_for_any_batch_size_padding_and_rank(model):
-    items = random_items(60)
-    labels = labels_of(items)
+def padded(array, width, fill):
+    more = width - array.shape[1]
+    return np.pad(array, ((0, 0), (0, more)), constant_values=fill)
+
+
+@pytest.mark.parametrize("convention", hellaswag.CONVENTIONS)
+def test_same_answers_for_any_batch_size_padding_and_rank(model, convention):
+    items = random_items(32)
 
     def losses_of(inputs, targets):
         return model(inputs, targets, "none")[1]
 
-    for convention in hellaswag.CONVENTIONS:
-        one_by_one = hellaswag.score(losses_of, hellaswag.make_batches(items, convention, ENCODE, 256, 1), labels, convention)
-        assert len(set(one_by_one["predictions"])) == 4
-        for size in (2, 7, 16, 60):
-            batches = hellaswag.make_batches(items, convention, ENCODE, 256, size)
-            assert hellaswag.score(losses_of, batches, labels, convention) == one_by_one
-            wider = [(n, *(np.pad(a, ((0, 0), (0, 256 - a.shape[1])), constant_values=fill) for a, fill in ((i, 7), (t, -1))), c)
-                     for n, i, t, c in batches]  # fmt: skip
-            assert hellaswag.score(losses_of, wider, labels, convention) == one_by_one
+    def answers(batches):
+        return hellaswag.score(losses_of, batches, labels_of(items), convention)
+
+    one_by_one = answers(hellaswag.make_batches(items, convention, ENCODE, 256, 1))
+    assert len(set(one_by_one["predictions"])) == 4
+    for size in (2, 7, 16, 32):
+        batches = hellaswag.make_batches(items, convention, ENCODE, 256, size)
+        assert answers(batches) == one_by_one
+        wider = []
+        for numbers, inputs, targets, characters in batches:
+            inputs = padded(inputs, 256, 7)  # any token will do where nothing is scored
+            targets = padded(targets, 256, -1)
+            wider.append((numbers, inputs, targets, characters))
+        assert answers(wider) == one_by_one
 
 
 def test_skipping_the_head_changes_no_loss(model):
     items = random_items(8)
     for _, inputs, targets, _ in hellaswag.make_batches(items, "nanogpt", ENCODE, 256, 4):
-        inputs, targets = torch.from_numpy(inputs).long(), torch.from_numpy(targets).long()
+        inputs = torch.from_numpy(inputs).long()
+        targets = torch.from_numpy(targets).long()
         with torch.no_grad():
             losses = model(inputs, targets, "none")[1]
-            full = torch.nn.functional.cross_entropy(model(inputs)[0].transpose(1, 2), targets, ignore_index=-1, reduction="none")
+            logits = model(inputs)[0].transpose(1, 2)
+        full = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
         torch.testing.assert_close(losses, full, rtol=1e-5, atol=1e-5)
         assert (losses[targets < 0] == 0).all()
 
@@ -164,8 +195,7 @@ def test_skipping_the_head_changes_no_loss(model):
 def test_malformed_items_are_one_line(tmp_path, change, message):
     items = random_items(2)
     items[1].update(change)
-    path = tmp_path / "items.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    path = write_items(tmp_path / "items.jsonl", items)
     with pytest.raises(SystemExit, match=message):
         hellaswag.load(path)
     with pytest.raises(SystemExit, match="does not exist"):
@@ -173,8 +203,7 @@ def test_malformed_items_are_one_line(tmp_path, change, message):
 
 
 def test_too_few_items_are_one_line(tmp_path):
-    path = tmp_path / "items.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in random_items(3)))
+    path = write_items(tmp_path / "items.jsonl", random_items(3))
     assert len(hellaswag.load(path)) == 3
     with pytest.raises(SystemExit, match="has 3 items, not 10042"):
         hellaswag.load(path, hellaswag.N_ITEMS)
@@ -185,10 +214,12 @@ def test_scorer_of_the_offline_dataset(sample, tmp_path, model):
     assert scorer.task == "cloze" and list(scorer.batches) == ["nanogpt"] and len(scorer.labels) == 400
     result = scorer.score(lambda x, y: model(x, y, "none")[1], "nanogpt", 7, tmp_path)
     saved = json.loads((tmp_path / "cloze_nanogpt.json").read_text())
-    assert saved["step"] == 7 and saved["predictions"] == result["predictions"] and len(saved["labels"]) == 400
+    assert saved["step"] == 7 and len(saved["labels"]) == 400
+    assert saved["predictions"] == result["predictions"]
     right = sum(a == b for a, b in zip(saved["predictions_norm"], saved["labels"]))
     assert result["acc_norm"] == right / 400
-    assert "cloze (nanogpt): acc" in hellaswag.one_line(result) and "HellaSwag" not in hellaswag.one_line(result)
+    line = hellaswag.one_line(result)
+    assert "cloze (nanogpt): acc" in line and "HellaSwag" not in line
     assert hellaswag.open_scorer("nowhere", sample, None, 128) is None
 
 
@@ -200,40 +231,47 @@ def test_without_a_network_training_goes_on_and_says_so(tmp_path, monkeypatch, c
         name = "gpt2"
 
     assert hellaswag.open_scorer(tmp_path / "no.jsonl", tmp_path, Tokenizer(), 128) is None
-    assert "HellaSwag will not be scored: the HellaSwag validation set can't be had" in capsys.readouterr().out
+    warning = capsys.readouterr().out
+    reason = "the HellaSwag validation set could not be downloaded"
+    assert f"HellaSwag will not be scored: {reason}" in warning
 
 
-def test_any_hugging_face_model_by_the_same_code(tmp_path):
+def test_any_hugging_face_model_by_the_same_code(run, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {chr(i): i for i in range(128)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
-    config = transformers.GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=256)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256}
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(config)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=128, **shape)).eval()
     for parameter in theirs.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "model")
     items = random_items(12)
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    command = [sys.executable, ROOT / "hellaswag.py", "--hf", "model", "--file", "items.jsonl", "--device", "cpu"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    write_items(tmp_path / "items.jsonl", items)
+    options = ["--file", "items.jsonl", "--device", "cpu"]
+    status, said = run(hellaswag, "--hf", "model", *options)
+    assert status == 0, said
+    nanogpt, harness = said.splitlines()[-2:]
 
     # the same by one item after the other, as the convention's authors do it
     right = 0
     for entry in items:
+        context = list(entry["ctx"].encode())
         means = []
         for ending in entry["endings"]:
-            context, tokens = list(entry["ctx"].encode()), list((" " + ending).encode())
-            row = torch.tensor([context + tokens])
+            tokens = list((" " + ending).encode())
             with torch.no_grad():
-                log_p = theirs.eval()(row).logits[0].log_softmax(-1)
-            means.append(-sum(log_p[len(context) + i - 1, t] for i, t in enumerate(tokens)) / len(tokens))
+                logits = theirs(torch.tensor([context + tokens])).logits[0]
+            log_p = logits.log_softmax(-1)
+            losses = [-log_p[len(context) + i - 1, token] for i, token in enumerate(tokens)]
+            means.append(sum(losses) / len(losses))
         right += int(np.argmin(means)) == entry["label"]
-    assert f"acc_norm {100 * right / 12:.2f}" in result.stdout.splitlines()[0]
-    assert "(harness)" in result.stdout.splitlines()[1]
-    missing = subprocess.run([*command[:3], "no/such/model", *command[4:]], cwd=tmp_path, capture_output=True, text=True,
-                             env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
-    assert missing.returncode == 1 and "no/such/model can't be loaded" in missing.stderr and "Traceback" not in missing.stderr
+    assert "(nanogpt)" in nanogpt and f"acc_norm {100 * right / 12:.2f}" in nanogpt
+    assert "(harness)" in harness
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, said = run(hellaswag, "--hf", "no/such/model", *options)
+    assert status == 1 and "no/such/model can't be loaded" in said and said.count("\n") == 1
