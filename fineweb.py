@@ -1230,9 +1230,10 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
         try:
             return action()
         except Exception as error:
-            # The hub's client has changed its HTTP library, whose errors are no OSErrors.
-            library = type(error).__module__.split(".")[0]
-            if not isinstance(error, OSError) and library not in ("httpx", "httpcore"):
+            # The hub's client changes its HTTP library now and then (requests, httpx, httpx2), and
+            # not all of their errors are OSErrors.
+            module = type(error).__module__
+            if not isinstance(error, OSError) and not module.startswith(("httpx", "httpcore")):
                 raise
             response = getattr(error, "response", None)
             status = getattr(response, "status_code", None)
