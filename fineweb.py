@@ -1240,8 +1240,8 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
             if status:
                 reason = f"HTTP {status}"
             else:
-                words = " ".join(str(error).split())[:100]
-                reason = f"{type(error).__name__}: {words}"
+                words = " ".join(str(error).split())[:100]  # some errors have none
+                reason = f"{type(error).__name__} {words}".rstrip()
             disk_full = getattr(error, "errno", None) == errno.ENOSPC
             hopeless = status in (400, 401, 403, 404, 410) or disk_full
         if pause is None or hopeless:

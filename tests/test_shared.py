@@ -1,0 +1,129 @@
+"""What all programs share: options, the log, whole files, retries."""
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+import fineweb
+
+
+@dataclasses.dataclass
+class Config:
+    steps: int = fineweb.option(100, "optimizer steps, of which 5% warm up")
+    lr: float = fineweb.option(0.25, "learning rate")
+    decay: float = fineweb.option(0.5, "weight decay", zero=True)
+    device: str = fineweb.option("auto", "where to run", ("auto", "cpu"))
+    run_name: str = fineweb.option("", "the run's folder")
+
+
+def parse(monkeypatch, *words, **replaced):
+    monkeypatch.setattr("sys.argv", ["program", *words])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true")
+    return fineweb.parse_options(parser, Config, **replaced)
+
+
+def test_only_given_fields_are_returned(monkeypatch):
+    given, args = parse(monkeypatch)
+    assert given == {} and not args.tiny
+    given, args = parse(monkeypatch, "--tiny", "--lr", "1", "--steps=7", "--run", "a")
+    assert given == {"lr": 1.0, "steps": 7, "run_name": "a"} and args.tiny
+    assert isinstance(given["lr"], float)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--step", "7"], "unknown option --step: did you mean --steps? (--help lists them all)"),
+    (["--runname=a"], "unknown option --runname=a: did you mean --run_name?"),
+    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+])  # fmt: skip
+def test_wrong_options_are_one_line(monkeypatch, words, message):
+    with pytest.raises(SystemExit) as error:
+        parse(monkeypatch, *words)
+    assert error.value.code.startswith(message) and "\n" not in error.value.code
+
+
+def test_help_shows_the_values_that_will_run(monkeypatch, capsys):
+    recipe = {"lr": 0.125, "decay": 0.5}
+    tiny = {"lr": 2.0, "steps": 10, "device": "auto"}
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--help", recipe=recipe, tiny=tiny)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--steps optimizer steps, of which 5% warm up [100]; --tiny: [10] --lr" in said
+    assert "--lr learning rate [0.125]; --recipe shared: [0.25]; --tiny: [2.0] --decay" in said
+    assert "--decay weight decay [0.5] --device" in said
+    assert "--device where to run [auto] --run_name" in said
+
+
+def test_the_log_is_cut_where_the_run_goes_on(tmp_path):
+    path = tmp_path / "run/log.jsonl"
+    with fineweb.open_log(path, 0) as log:
+        log.write(json.dumps({"event": "run"}) + "\n")
+        for step in range(5):
+            log.write(json.dumps({"event": "train", "step": step}) + "\n")
+        log.write('{"event": "tra')  # killed here
+    with fineweb.open_log(path, 3) as log:
+        log.write(json.dumps({"event": "train", "step": 3, "again": True}) + "\n")
+        lines = path.read_text().splitlines()  # it is there without a flush
+    steps = [json.loads(line).get("step") for line in lines]
+    assert steps == [None, 0, 1, 2, 3]
+    assert json.loads(lines[-1])["again"]
+    with fineweb.open_log(None, 0) as log:
+        log.write("kept nowhere")
+
+
+def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def half(f):
+        f.write(b"ne")
+        raise OSError("no space left")
+
+    with pytest.raises(SystemExit, match="a can't be written .no space left.: make room"):
+        fineweb.write_atomic(path, half)
+    assert path.read_bytes() == b"old"
+    fineweb.write_atomic(path, lambda f: f.write(b"new"))
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+class Unlucky:
+    """Fails with these errors one after the other, then returns "done"."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+
+    def __call__(self):
+        if self.errors:
+            raise self.errors.pop(0)
+        return "done"
+
+
+def http_error(status):
+    error = OSError("the server says no")
+    error.response = argparse.Namespace(status_code=status)
+    return error
+
+
+def test_retrying(monkeypatch, capsys):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    # an error without a word, as time-outs have it
+    action = Unlucky(OSError(), http_error(503), ConnectionResetError("reset\nby peer"))
+    assert fineweb.retrying("x", action) == "done"
+    assert pauses == [1, 2, 4]
+    assert capsys.readouterr().out.splitlines() == [
+        "x: OSError; trying again in 1 s",
+        "x: HTTP 503; trying again in 2 s",
+        "x: ConnectionResetError reset by peer; trying again in 4 s",
+    ]
+    with pytest.raises(SystemExit, match="x could not be downloaded .HTTP 503.: run the same"):
+        fineweb.retrying("x", Unlucky(http_error(503), http_error(503)), pauses=(1,))
+    pauses.clear()
+    for hopeless in (http_error(404), OSError(28, "No space left on device")):
+        with pytest.raises(SystemExit, match="could not be downloaded"):
+            fineweb.retrying("x", Unlucky(hopeless))
+    with pytest.raises(KeyError):  # a mistake in the program is no network error
+        fineweb.retrying("x", Unlucky(KeyError("y")))
+    assert pauses == []
