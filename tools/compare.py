@@ -435,10 +435,10 @@ def active_parameters(run):
     return active if total == run.facts["parameters"] else None
 
 
-def table(head, rows):
-    """A Markdown table."""
+def table(head, rows, align=None):
+    """A Markdown table: its header and rows as lists of str; align: "---" or "--:" for each column."""
     text = ""
-    for cells in (head, ["---"] * len(head), *rows):
+    for cells in (head, align or ["---"] * len(head), *rows):
         text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
     return text
 
