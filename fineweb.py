@@ -28,12 +28,14 @@ import errno
 import hashlib
 import importlib.util
 import json
+import math
 import mmap
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import time
@@ -75,7 +77,7 @@ MAX_STEPS = 19_073
 WARMUP_STEPS = 715
 
 
-# ==================================================================================================
+# ==========================================================================
 # File format
 
 
@@ -184,7 +186,7 @@ def verify(folder):
              "the command that made the folder again; it rebuilds what is missing")
 
 
-# ==================================================================================================
+# ==========================================================================
 # Writer: documents -> tokens -> shards
 
 # ---- Reading documents
@@ -193,11 +195,11 @@ def verify(folder):
 def read_documents(path, first_row=0):
     """Yields (row, documents, new): consecutive documents of a .parquet, .jsonl or .txt file.
 
-    row: the number of the first of these documents in the file. Those before first_row are left out.
-    documents: a list of str, or for parquet the arguments of read_row_group(), so that the process
-    that tokenises them reads them too.
-    new: False if the text continues the one before. Only .txt files have this: such a file is one
-    document, in pieces of about 1 MB that end at a line break, and row counts the pieces.
+    row: the number of the first of them in the file; those before first_row are left out.
+    documents: a list of str; for parquet the arguments of read_row_group(), so that the process that
+    tokenises them reads them too.
+    new: False if the text continues the one before. Only a .txt file does this: it is one document,
+    in pieces of about 1 MB that end at a line break, and row is the number of the piece.
 
     Raises SystemExit for a file that is not what its name says.
     """
@@ -791,7 +793,7 @@ def cloze_items(documents, n_items=400):
     return items
 
 
-# ==================================================================================================
+# ==========================================================================
 # Loader: shards -> batches
 
 
@@ -858,9 +860,9 @@ def fingerprint(shards, train_shards):
 class Windows:
     """The windows of block_size + 1 tokens in a folder's "train" or "val" shards, in their order.
 
-    One token more than a model sees: its targets are its inputs moved on by one. So the last token of
-    a window is the first one of the next, there a target and here an input, and each token of a shard
-    is predicted once. A window never crosses the end of a shard.
+    One token more than a model sees, because its targets are its inputs moved on by one. So the last
+    token of a window, only a target there, is the first of the next window, only an input there: no
+    prediction is lost between the two. A window never crosses the end of a shard.
 
     Only the first max_shards shards and max_tokens tokens are used, so that a folder that holds more
     gives the same windows; with less than max_tokens there is a warning. Raises SystemExit if there
@@ -913,12 +915,12 @@ def permute(i, n, seed, epoch):
 
     A shuffled list of ten million windows would have to be made anew for each epoch and stored. A
     Feistel network is a permutation by construction and needs neither: it splits a number into two
-    halves (left, right) and maps them to (right, left ^ hash(right)) some times over. Each such round
-    can be undone, whatever the hash, so no two numbers meet.
+    halves (left, right) and maps them to (right, left ^ hash(right)), six times over. Each of these
+    rounds can be undone, whatever the hash, so no two numbers end up in one place.
 
-    It permutes a power of four. Where it takes i beyond n it is applied again until it lands below
-    ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002): again a
-    permutation, of range(n), by fewer than four applications on average.
+    It permutes the numbers below a power of four. Where it takes i to n or beyond, it is applied again
+    until it lands below n ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains,
+    2002). That is again a permutation, of range(n), and takes fewer than four steps on average.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of a half
     mask = np.uint64((1 << int(half)) - 1)
@@ -942,9 +944,9 @@ def permute(i, n, seed, epoch):
 class Loader:
     """Training batches. Batch number step is a function of the data, the seed and step alone.
 
-    Row j of a batch is window number step * batch_rows + j of an endless sequence of epochs, each of
-    them all windows in an order of its own. The batch is the same for any number of processes; each
-    gets its slice of the rows. Nothing is remembered from step to step, so resuming costs nothing. A
+    Row j of a batch is window number step * batch_rows + j of an endless sequence of epochs; an epoch
+    is all windows in an order of its own. The batch is the same for any number of processes, and each
+    gets a slice of its rows. Nothing is remembered from step to step, so resuming costs nothing. A
     background thread reads the next batches ahead.
 
     If the data are used up before max_steps, a warning says from which step on they are repeated.
@@ -1003,12 +1005,13 @@ class Loader:
             if wanted not in self.ahead:
                 self.ahead[wanted] = self.thread.submit(self.read, wanted)
         rows = self.ahead.pop(step).result()
-        for old in [known for known in self.ahead if known < step]:
-            del self.ahead[old]
+        for other in list(self.ahead):
+            if other < step:
+                del self.ahead[other]
         return rows.to(self.device, non_blocking=True)
 
 
-# ==================================================================================================
+# ==========================================================================
 # Command line
 
 
@@ -1041,8 +1044,8 @@ def main():
 
 
 def parse_command_line():
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    formatter = argparse.RawDescriptionHelpFormatter  # which keeps the lines of our docstring
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--dataset", default="fineweb", help="fineweb or fineweb-edu, sample-10BT of each [fineweb]")
     add("--pretokenized", action="store_true", help="download ready-made shards of it")
@@ -1069,7 +1072,7 @@ def parse_command_line():
 
 
 def write_dataset(folder, args):
-    """Writes what the command line asks for. Shard number 0 is for validation, so --shards N ends with N."""
+    """Writes what the command line asks for."""
     if args.sample:
         write_sample(folder)
         return
@@ -1077,7 +1080,8 @@ def write_dataset(folder, args):
         download_shards(folder, args.dataset, args.shards)
         return
     get_tokenizer(args.tokenizer)  # if it fails, then here, once, and not in every worker
-    how = (args.shards, args.shard_tokens, args.tokenizer, args.workers)
+    last_shard = args.shards  # number 0 is for validation, so N training shards end with number N
+    how = (last_shard, args.shard_tokens, args.tokenizer, args.workers)
     if args.files:
         tokenize_files(folder, args.files, *how)
     else:
@@ -1100,7 +1104,7 @@ def next_command(folder, shards, sample):
     return command
 
 
-# ==================================================================================================
+# ==========================================================================
 # Shared by all programs here
 
 
@@ -1163,7 +1167,10 @@ def default_text(field, recipe, tiny):
 
 
 def parse_strictly(parser):
-    """The parsed command line. A wrong name or value gives one line, with the closest name (SystemExit)."""
+    """The parsed command line.
+
+    Raises SystemExit, with one line, for a wrong value and for an unknown name, with the closest one.
+    """
     parser.allow_abbrev = False
     parser.error = fail
     args, unknown = parser.parse_known_args()
@@ -1249,6 +1256,58 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
                  "it goes on from here")
         say(f"{what}: {reason}; trying again in {pause} s")
         time.sleep(pause * float(os.environ.get("RETRY_SECONDS", "1")))
+
+
+def check_options(config):
+    """Raises SystemExit for a number in a dataclass of option() fields that is not positive, or 0 where it may be."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str):
+            continue
+        may_be_zero = field.metadata["zero"]
+        if not (0 < value < math.inf or (may_be_zero and value == 0)):
+            fail(f"--{field.name} {value}: must be {'at least' if may_be_zero else 'more than'} 0")
+
+
+def show(facts, indent=""):
+    """Prints a dict, and the dicts in it, as an aligned list, on the first of all processes only."""
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            say(f"{indent}{name}")
+            show(value, indent + "  ")
+        else:
+            say(f"{indent + name:18} {value}")
+
+
+def git_version(folder):
+    """The commit that a folder's files are of, with -dirty if some are changed, or "unknown"."""
+    command = "git describe --always --dirty --exclude=*"
+    git = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def keep_copy(file, folder):
+    """Copies a file into a folder. A later version of it is put beside the first, as NAME.2.py and so on."""
+    content = file.read_bytes()
+    copy = folder / file.name
+    number = 1
+    while copy.exists() and copy.read_bytes() != content:
+        number += 1
+        copy = folder / f"{file.stem}.{number}{file.suffix}"
+    copy.write_bytes(content)
+
+
+def catch_signals():
+    """A list that the first SIGTERM or Ctrl-C fills, so that a run can end well; a second one ends the process."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+    return received
 
 
 if __name__ == "__main__":

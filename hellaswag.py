@@ -35,7 +35,7 @@ CONVENTIONS = ("nanogpt", "harness")
 ITEMS_PER_BATCH = 16  # 64 rows; fixed, so that every machine computes the same batches
 
 
-# ==================================================================================================
+# ==========================================================================
 # Items
 
 
@@ -107,7 +107,7 @@ def clean(text):
     return text.replace("  ", " ")
 
 
-# ==================================================================================================
+# ==========================================================================
 # Batches
 
 
@@ -163,7 +163,7 @@ def make_batches(items, convention, encode, block_size, items_per_batch=ITEMS_PE
     return batches
 
 
-# ==================================================================================================
+# ==========================================================================
 # Scores
 
 
@@ -307,13 +307,13 @@ def hellaswag_items(path):
     return load(path, N_ITEMS if path == Path(DEFAULT_FILE) else None)
 
 
-# ==================================================================================================
+# ==========================================================================
 # Command line: score a Hugging Face model
 
 
 def main():
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--hf", required=True, help="name or folder of a Hugging Face causal language model")
     add("--file", default=DEFAULT_FILE, help=f"items [{DEFAULT_FILE}, downloaded]")

@@ -47,8 +47,8 @@ def straight(texts, name="bytes"):
     """The tokens of documents, without any of the writer's machinery."""
     encoding = fineweb.get_tokenizer(name)
     tokens = []
-    for text in texts:
-        tokens += [encoding.eot_token, *encoding.encode_ordinary(text)]
+    for document in texts:
+        tokens += [encoding.eot_token, *encoding.encode_ordinary(document)]
     return np.array(tokens)
 
 
@@ -136,7 +136,8 @@ def test_stopped_after_any_shard_it_goes_on_to_the_same_bytes(tmp_path):
 
 def test_killed_and_run_again_gives_the_same_bytes_and_redoes_no_finished_shard(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", documents(3000))
-    options = ["--files", path, "--tokenizer", "bytes", "--shard_tokens", "20000", "--workers", "2", "--out"]
+    options = ["--files", path, "--tokenizer", "bytes"]
+    options += ["--shard_tokens", "20000", "--workers", "2", "--out"]
     assert write(tmp_path, *options, "whole")[0] == 0
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "fineweb.py", *options, out]
@@ -164,7 +165,8 @@ def test_verify_names_the_bad_shards_and_the_writer_rebuilds_them(tmp_path):
         f.seek(3000)
         f.write(b"\x01\x02")
     (out / "fineweb_val_000000.bin").unlink()
-    with pytest.raises(SystemExit, match="2 of .* shards are bad: remove .*val_000000.bin .*train_000002.bin"):
+    named = "remove .*val_000000.bin .*train_000002.bin"
+    with pytest.raises(SystemExit, match=f"2 of .* shards are bad: {named}"):
         fineweb.verify(out)
     (out / "fineweb_train_000002.bin").unlink()
     in_process(out, [path])

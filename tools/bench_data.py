@@ -79,7 +79,7 @@ def about_this_run():
     }
 
 
-# ==================================================================================================
+# ==========================================================================
 # Writer
 
 
@@ -231,7 +231,7 @@ def bench_writer(args, figures):
                 figures.add("memory of fineweb.py and its processes", "GB", memory)
 
 
-# ==================================================================================================
+# ==========================================================================
 # Loader
 
 
@@ -285,7 +285,7 @@ def bench_loader(args, figures):
                 figures.add("loader, nothing in memory", "Mtok/s", cold / 1e6)
 
 
-# ==================================================================================================
+# ==========================================================================
 # Scorer
 
 
@@ -350,7 +350,7 @@ def bench_scorer(args, figures):
         figures.add("the same answer", f"of {len(items)} items", same)
 
 
-# ==================================================================================================
+# ==========================================================================
 # Command line
 
 
@@ -358,8 +358,8 @@ BENCHES = {"writer": bench_writer, "loader": bench_loader, "scorer": bench_score
 
 
 def main():
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("what", choices=BENCHES)
     add("--json", type=Path, help="keep every repeat in this file, beside the other benches'")
