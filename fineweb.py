@@ -1047,16 +1047,20 @@ def parse_command_line():
     formatter = argparse.RawDescriptionHelpFormatter  # which keeps the lines of our docstring
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--dataset", default="fineweb", help="fineweb or fineweb-edu, sample-10BT of each [fineweb]")
+    add("--dataset", default="fineweb", metavar="NAME",
+        help="fineweb or fineweb-edu, sample-10BT of each [fineweb]")
     add("--pretokenized", action="store_true", help="download ready-made shards of it")
-    add("--files", nargs="+", type=Path, help="use these .jsonl, .txt or .parquet files instead")
+    add("--files", nargs="+", type=Path, metavar="FILE",
+        help="use these .jsonl, .txt or .parquet files instead")
     add("--sample", action="store_true", help="write the small offline dataset instead")
     add("--verify", action="store_true", help="only check the folder against its manifest")
-    add("--shards", type=int, help="stop after this many training shards [all]")
-    add("--out", type=Path, help="folder for the shards [data/NAME]")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard [100000000]")
-    add("--tokenizer", default="gpt2", help="gpt2 or bytes [gpt2]")
-    add("--workers", type=int, default=os.cpu_count(), help="tokenizer processes [one per core]")
+    add("--shards", type=int, metavar="N", help="stop after N training shards [all]")
+    add("--out", type=Path, metavar="DIR", help="folder for the shards [data/NAME]")
+    add("--shard_tokens", type=int, metavar="N", default=SHARD_TOKENS,
+        help="tokens per shard [100000000]")
+    add("--tokenizer", metavar="NAME", default="gpt2", help="gpt2 or bytes [gpt2]")
+    add("--workers", type=int, metavar="N", default=os.cpu_count(),
+        help="tokenizer processes [one per core]")
     args = parse_strictly(parser)
     if args.dataset not in DATASETS:
         fail(f"--dataset {args.dataset}: choose {' or '.join(DATASETS)}")
@@ -1140,13 +1144,14 @@ def parse_options(parser, Config, recipe={}, tiny={}):
         names = [f"--{field.name}"]
         if field.name == "run_name":
             names.append("--run")  # shorter, but torchrun takes it for an abbreviation of its own
+        choices = field.metadata["choices"]
         value = default_text(field, recipe, tiny)
         parser.add_argument(
             *names,
             dest=field.name,
             type=field.type,
-            choices=field.metadata["choices"],
-            metavar="",
+            choices=choices,
+            metavar=None if choices else "",  # the help lists choices, but doesn't repeat the name
             default=argparse.SUPPRESS,  # so that we can tell what was given
             help=f"{field.metadata['help']} {value}".replace("%", "%%"),
         )
@@ -1259,7 +1264,7 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
 
 
 def check_options(config):
-    """Raises SystemExit for a number in a dataclass of option() fields that is not positive, or 0 where it may be."""
+    """Raises SystemExit for a number among the options that is not positive, nor 0 where it may be."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, str):
@@ -1270,7 +1275,7 @@ def check_options(config):
 
 
 def show(facts, indent=""):
-    """Prints a dict, and the dicts in it, as an aligned list, on the first of all processes only."""
+    """Prints a dict, and the dicts in it, as an aligned list, in the first of all processes only."""
     for name, value in facts.items():
         if isinstance(value, dict):
             say(f"{indent}{name}")
@@ -1280,14 +1285,14 @@ def show(facts, indent=""):
 
 
 def git_version(folder):
-    """The commit that a folder's files are of, with -dirty if some are changed, or "unknown"."""
+    """The git commit of a folder, with -dirty if files have been changed since, or "unknown"."""
     command = "git describe --always --dirty --exclude=*"
     git = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
     return git.stdout.strip() or "unknown"
 
 
 def keep_copy(file, folder):
-    """Copies a file into a folder. A later version of it is put beside the first, as NAME.2.py and so on."""
+    """Copies a file into a folder; a later version is put beside the first, as NAME.2.py and so on."""
     content = file.read_bytes()
     copy = folder / file.name
     number = 1
@@ -1298,7 +1303,10 @@ def keep_copy(file, folder):
 
 
 def catch_signals():
-    """A list that the first SIGTERM or Ctrl-C fills, so that a run can end well; a second one ends the process."""
+    """A list that the first SIGTERM or Ctrl-C is added to, so that the run can finish its step and save.
+
+    A second one ends the process at once.
+    """
     received = []
 
     def handler(number, frame):

@@ -2,8 +2,12 @@
 import argparse
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import fineweb
 
@@ -53,7 +57,19 @@ def test_help_shows_the_values_that_will_run(monkeypatch, capsys):
     assert "--steps optimizer steps, of which 5% warm up [100]; --tiny: [10] --lr" in said
     assert "--lr learning rate [0.125]; --recipe shared: [0.25]; --tiny: [2.0] --decay" in said
     assert "--decay weight decay [0.5] --device" in said
-    assert "--device where to run [auto] --run_name" in said
+    assert "--device {auto,cpu} where to run [auto] --run_name" in said
+
+
+def test_numbers_out_of_range_are_one_line():
+    fineweb.check_options(Config())
+    fineweb.check_options(Config(decay=0.0))
+    with pytest.raises(SystemExit, match="^--lr 0: must be more than 0$"):
+        fineweb.check_options(Config(lr=0))
+    with pytest.raises(SystemExit, match="^--decay -1: must be at least 0$"):
+        fineweb.check_options(Config(decay=-1))
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(SystemExit, match="^--lr (nan|inf): must be"):
+            fineweb.check_options(Config(lr=wrong))
 
 
 def test_the_log_is_cut_where_the_run_goes_on(tmp_path):
@@ -127,3 +143,36 @@ def test_retrying(monkeypatch, capsys):
     with pytest.raises(KeyError):  # a mistake in the program is no network error
         fineweb.retrying("x", Unlucky(KeyError("y")))
     assert pauses == []
+
+
+def test_copies_are_kept_one_per_version(tmp_path):
+    file = tmp_path / "script.py"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for content in ("one", "one", "two", "three", "two"):
+        file.write_text(content)
+        fineweb.keep_copy(file, folder)
+    copies = {path.name: path.read_text() for path in folder.iterdir()}
+    assert copies == {"script.py": "one", "script.2.py": "two", "script.3.py": "three"}
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_the_process():
+    program = "import fineweb, os, signal\n"
+    program += "received = fineweb.catch_signals()\n"
+    program += "os.kill(os.getpid(), signal.SIGTERM)\n"
+    program += "print(received == [signal.SIGTERM], flush=True)\n"
+    program += "os.kill(os.getpid(), signal.SIGTERM)\n"
+    program += "print('still here')\n"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "True\n" and result.returncode == -signal.SIGTERM
+
+
+def test_nested_facts_are_listed(capsys):
+    fineweb.show({"torch": "2.13", "data": {"tokenizer": "gpt2"}})
+    assert capsys.readouterr().out.split() == ["torch", "2.13", "data", "tokenizer", "gpt2"]
+
+
+def test_git_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert fineweb.git_version(tmp_path) == "unknown"
