@@ -37,7 +37,7 @@ def spread_labels(axis, ends, gap=0.045):
         heights[i] = min(heights[i], highest)
         highest = heights[i] - gap
     for (name, x, y, colour), height in zip(ends, heights):
-        line = dict(arrowstyle="-", relpos=(0, 0.5), color=colour, lw=0.4)
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "lw": 0.4}
         axis.annotate(name, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour,
                       fontsize=8, va="center", arrowprops=line)  # fmt: skip
 
