@@ -1263,6 +1263,19 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
         time.sleep(pause * float(os.environ.get("RETRY_SECONDS", "1")))
 
 
+def with_estimate(items, what, advice):
+    """Yields the items of a list. If all of them will take more than a minute, says how long, and the advice."""
+    began = 0.0
+    for number, item in enumerate(items):
+        if number == 1:  # the first may have been compiled
+            began = time.perf_counter()
+        if number == 2:
+            minutes = (time.perf_counter() - began) * len(items) / 60
+            if minutes > 1:
+                say(f"{what} takes about {minutes:.0f} min here; {advice}")
+        yield item
+
+
 def check_options(config):
     """Raises SystemExit for a number among the options that is not positive, nor 0 where it may be."""
     for field in dataclasses.fields(config):

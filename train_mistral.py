@@ -1,23 +1,23 @@
 """
-Mistral (Jiang et al., 2023, "Mistral 7B", https://arxiv.org/abs/2310.06825) at 124M parameters.
+Mistral (Jiang et al., 2023, "Mistral 7B") at 124M parameters.
 
-Against GPT-2: attention to the last 512 tokens only, rotary positions (base 10,000) in the place of learned ones,
-RMSNorm, 3 heads of keys and values for 12 of queries, a SwiGLU MLP, and no biases. The 7B's head is not tied to
-its embedding; this one is, as all heads here. 123,587,328 parameters with the vocabulary padded to 50,304.
+Against LLaMA: a token attends to the last 512 tokens only, half the context as
+in the 7B model, and the rotary positions have base 10,000 instead of 500,000.
+Against GPT-2 also: RMSNorm, four query heads to each head of keys and values, a
+SwiGLU MLP, no biases. The head is tied to the embedding, unlike the 7B model's.
+123,587,328 parameters with the vocabulary padded to 50,304.
 
-    python train_mistral.py --tiny                              # two minutes on a laptop, no GPU, no network
-    python train_mistral.py                                     # one GPU; the micro-batch is the largest that fits
-    torchrun --standalone --nproc_per_node=8 train_mistral.py   # one node of eight: the same run, faster
-    python train_mistral.py --resume                            # go on from the newest checkpoint
-    python train_mistral.py --eval                              # score it; --sample "A prompt" continues a text
+    python train_mistral.py --tiny               # two minutes on a laptop
+    python train_mistral.py                      # on one GPU
+    torchrun --standalone --nproc_per_node=8 train_mistral.py    # on eight
+    python train_mistral.py --resume             # continue from the last checkpoint
+    python train_mistral.py --eval               # score it; --sample "Hello" continues a text
 """
 import argparse
 import dataclasses
 import json
 import math
 import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import fineweb
 import hellaswag
 from fineweb import fail, option, say
 
-# ==========================================================================================================
+# ==========================================================================
 # Config
 
 
@@ -38,599 +38,794 @@ from fineweb import fail, option, say
 class Config:
     # ---- this architecture's fields
     n_layer: int = option(12, "blocks")
-    n_head: int = option(12, "attention heads, of n_embd / n_head = 64 channels")
-    n_kv_head: int = option(3, "heads of keys and values, each for n_head / n_kv_head = 4 of queries, as in the 8B")
+    n_head: int = option(12, "attention heads")
+    n_kv_head: int = option(3, "heads of keys and values, each for n_head / n_kv_head query heads")
     n_embd: int = option(768, "channels of the residual stream")
-    n_inner: int = option(2432, "channels inside the MLP, for as many weights in all matrices as in GPT-2's")
-    window: int = option(512, "tokens that one attends to, itself included: half the context, as in the 7B")
-    rope_theta: float = option(10_000.0, "the slowest rotation takes almost 2 pi rope_theta tokens")
-    # ---- the run: the same in every script (fields up to seed can't change on --resume)
-    vocab_size: int = option(50_304, "rows of the embedding: GPT-2's 50,257 tokens, padded to a multiple of 128")
+    n_inner: int = option(2432, "channels inside the MLP; all matrices together are as large as GPT-2's")
+    rope_theta: float = option(10_000.0, "base of the rotary positions")
+    window: int = option(512, "tokens that a token attends to, itself included")
+
+    # ---- the run: the same in every script
+    vocab_size: int = option(50_304, "GPT-2's 50,257 tokens, padded to a multiple of 128")
     block_size: int = option(1024, "tokens of context")
-    batch_tokens: int = option(2**19, "tokens an optimizer step on all GPUs together: 524,288")
+    batch_tokens: int = option(2**19, "effective batch: tokens of a step on all GPUs together")
     seed: int = option(1337, "of the initial weights, the order of the data and the samples", zero=True)
-    max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19, one epoch")
-    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens, as GPT-3", zero=True)
-    max_lr: float = option(6e-4, "learning rate after the warm-up, as GPT-3's of this size")
+
+    # AdamW (Loshchilov and Hutter, 2019) and a cosine schedule, both with the
+    # settings of GPT-3 (Brown et al., 2020, appendix B and table 2.1)
+    max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19")
+    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens", zero=True)
+    max_lr: float = option(6e-4, "learning rate after the warm-up")
     min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth", zero=True)
-    weight_decay: float = option(0.1, "AdamW's, for the parameters that the model lets decay", zero=True)
-    beta1: float = option(0.9, "AdamW's", zero=True)
-    beta2: float = option(0.95, "AdamW's: a shorter memory than 0.999, for batches of this size", zero=True)
-    adam_eps: float = option(1e-8, "AdamW's")
-    grad_clip: float = option(1.0, "largest norm of the whole gradient")
+    weight_decay: float = option(0.1, "AdamW: how fast matrices and embeddings decay", zero=True)
+    beta1: float = option(0.9, "AdamW: decay of the running mean of gradients", zero=True)
+    beta2: float = option(0.95, "AdamW: decay of the running mean of their squares", zero=True)
+    adam_eps: float = option(1e-8, "AdamW: keeps a division by a tiny gradient finite")
+    grad_clip: float = option(1.0, "a gradient with a larger norm is scaled down to this one")
+    recipe: str = option("paper", "of these, the paper's own, or the shared ones", ("paper", "shared"))
+
     data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
-    train_shards: int = option(100, "training shards to use, the first ones: 10B tokens, the same for everybody")
-    val_tokens: int = option(10_485_760, "first tokens of the validation shard, as in llm.c and modded-nanogpt")
-    hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set, downloaded if it is not there")
-    recipe: str = option("paper", "optimizer settings: the paper's, if it has its own, or shared", ("paper", "shared"))
+    train_shards: int = option(100, "training shards to use, of 100M tokens each")
+    val_tokens: int = option(10_485_760, "tokens of the validation shard to use, as in llm.c")
+    hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set; downloaded if missing")
     run_name: str = option("", "the run's folder is log/NAME (default: the architecture's name)")
     eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
-    log_every: int = option(1, "steps between lines on the screen; log.jsonl has them all")
-    prompt: str = option("Hello, I'm a language model,", "what samples continue")
+    log_every: int = option(1, "steps between lines on the screen; log.jsonl has every step")
+    prompt: str = option("Hello, I'm a language model,", "what the samples continue")
     sample_tokens: int = option(32, "tokens that a sample adds", zero=True)
-    micro_batch: int = option(0, "rows of block_size tokens at a time on a device; 0: the most that fit", zero=True)
+
+    micro_batch: int = option(0, "rows at a time on a device; 0: as many as fit", zero=True)
     device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "number format; float16 has a loss scaler", ("auto", "bfloat16", "float16", "float32"))
-    compile: str = option("auto", "torch.compile; auto: on CUDA, except under Windows", ("auto", "on", "off"))
+    dtype: str = option("auto", "of the matrix products", ("auto", "bfloat16", "float16", "float32"))
+    compile: str = option("auto", "torch.compile; auto: on CUDA, but not on Windows", ("auto", "on", "off"))
 
 
-# --tiny: other defaults for the run, so that a small model learns English spelling in two minutes on a laptop
-TINY_RUN = dict(data_dir="data/sample", vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000,
-                warmup_steps=50, max_lr=2e-3, min_lr=2e-4, val_tokens=65_536, eval_every=250, log_every=25,
-                prompt="Returns the ", sample_tokens=96)  # fmt: skip
-# dense 16-bit FLOP/s by the makers' data sheets: of known GPUs the model-FLOPs utilisation is printed
-PEAK_FLOPS = {"H200": 989e12, "H100 80GB": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
+# --resume may change these. All else made the weights and the order of the data.
+MAY_CHANGE = (
+    "max_steps warmup_steps max_lr min_lr weight_decay beta1 beta2 adam_eps grad_clip recipe data_dir "
+    "train_shards val_tokens hellaswag run_name eval_every log_every prompt sample_tokens "
+    "micro_batch device dtype compile"
+).split()
+# --tiny: a run that learns English spelling in two minutes on a laptop
+TINY_RUN = dict(
+    vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000, warmup_steps=50,
+    max_lr=2e-3, min_lr=2e-4, data_dir="data/sample", val_tokens=65_536,
+    log_every=25, prompt="Returns the ", sample_tokens=96,
+)  # fmt: skip
+# FLOP/s of dense 16-bit matrix products, from the data sheets. Other devices
+# show no MFU (model-FLOPs utilisation).
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "Tesla T4": 65e12,
+    "Tesla V100-SXM2-16GB": 125e12, "Tesla V100-SXM2-32GB": 125e12,
+}  # fmt: skip
 
-# ---- this architecture's --tiny, and its recipe where its paper prescribes another than the common one
+# ---- this architecture's --tiny, and its paper's recipe if it has one
 TINY_MODEL = dict(n_layer=4, n_head=4, n_kv_head=1, n_embd=128, n_inner=416, window=64)
-RECIPE = {}  # the paper gives none
+RECIPE = {}  # the shared one
 
-# ==========================================================================================================
-# Model: this architecture's. B batch, T tokens, C channels, H heads, K heads of keys and values, D channels of a head.
+# ==========================================================================
+# Model: this architecture's. B batch, T tokens, C channels, H heads, K heads of
+# keys and values, D channels of a head, V vocabulary.
 
 
+# The same in LLaMA, Mistral and MTA.
 class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich, 2019, eq. 4): (B, T, C) -> (B, T, C)."""
+    """RMSNorm (Zhang and Sennrich, 2019, eq. 4): (..., size) -> (..., size)."""
 
-    def __init__(self, config):
+    def __init__(self, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x):
-        y = x.to(torch.promote_types(x.dtype, torch.float32))  # squares need the range of fp32
-        return F.rms_norm(y, self.weight.shape, eps=1e-5).to(x.dtype) * self.weight
+        y = x.to(self.weight.dtype)  # fp32 under autocast, too: squares need its range
+        return F.rms_norm(y, self.weight.shape, self.weight, eps=1e-5).to(x.dtype)
 
 
-def recompute(function, *inputs):
-    """function(*inputs), but backward computes again what it needs from inside, so that forward needn't keep it.
-
-    For elementwise work, and one matrix product after it, which isn't done again: a block keeps half as much for
-    a hundredth of the time. torch.compile decides by itself what to keep.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    if torch.compiler.is_compiling():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
+# The same in LLaMA, Mistral, Gemma, DeepSeek and MTA.
 def rope_table(theta, block_size, size):
-    """Cosines and sines of the angles t theta^(-2i / D) (Su et al., 2021, section 3.2.2): (2, T, D / 2), D = size."""
-    frequencies = 1.0 / theta ** (torch.arange(0, size, 2) / size)
+    """cos and sin of t theta^(-2i / D), with D = size (Su et al., 2021, section 3.2.2): (2, T, D / 2)."""
+    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(block_size)[:, None] * frequencies
-    return torch.stack((angles.cos(), angles.sin()))  # (2, T, D / 2)
+    return torch.stack((angles.cos(), angles.sin())).float()
 
 
+# The same in LLaMA, Mistral, Gemma, DeepSeek and MTA.
 def rotate(x, rope):
-    """x, (B, H, T, D), with each pair of its channels turned by rope's angles (Su et al., 2021, eq. 34).
-
-    Channel i is paired with i + D / 2, as transformers does, so that weights are exported as they are. Meta's code
-    pairs 2i with 2i + 1: the same model, with the rows of the query and key matrices in another order.
-    """
-    cos, sin = rope.unbind()
+    """x (B, H, T, D) with its channels i and i + D / 2 turned by rope's angle (Su et al., 2021, eq. 34)."""
+    cos, sin = rope
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)  # rope is fp32 also under autocast
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-QUERIES = 256  # that attend takes at a time: with fewer, fewer keys are out of their windows, but calls are more
+# The same in Mistral and Gemma.
+def window_mask(x, window, may_flex=True):
+    """Which keys a query sees in a layer on x (B, T, C): itself and the window - 1 before it.
+
+    A sliding window (Beltagy et al., 2020, section 3.1), as a block mask for flex_attention, which skips
+    the blocks outside, where that is possible: compiled on a GPU. Else as (T, T) booleans.
+    """
+    T = x.shape[1]
+
+    def sees(b, h, i, j):  # query i, key j
+        return (j <= i) & (i - j < window)
+
+    if may_flex and can_flex(x):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(sees, None, None, T, T, device=x.device)
+    i = torch.arange(T, device=x.device)
+    return sees(None, None, i[:, None], i)
 
 
+# The same in Mistral and Gemma.
 def can_flex(x):
-    """Whether to use flex_attention, which needs torch.compile, and has no backward on a CPU."""
+    """Whether flex_attention can be used: it needs torch.compile, and a GPU for its backward pass."""
     return x.is_cuda and torch.compiler.is_compiling()
 
 
-def block_mask(T, window, device):
-    """The window as flex_attention wants it: the blocks of keys that it skips, and the rule within the others."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), None, None, T, T, device=device)
-
-
-def attend(q, k, v, window, mask):
-    """Attention to the last window tokens, the own one included (Jiang et al., 2023, section 2).
-
-    q (B, H, T, D), k and v (B, K, T, D), mask: (T, T) bools or a block_mask -> (B, T, H, D).
-    """
-    if not isinstance(mask, torch.Tensor):
+# The same in Mistral and Gemma.
+def attend(q, k, v, mask):
+    """Attention by a mask, or causal if it is None: q (B, H, T, D), k, v (B, K, T, D) -> (B, H, T, D)."""
+    if not (mask is None or isinstance(mask, torch.Tensor)):
         from torch.nn.attention.flex_attention import flex_attention
 
-        # v is a view into qkv: torch 2.13, when it compiles this for a CPU, forgets where in it
-        return flex_attention(q, k, v.contiguous(), block_mask=mask, enable_gqa=True).transpose(1, 2)
-    # of CUDA's fused kernels those that take a mask want as many heads of keys as of queries
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, T, D)
-    pieces = []
-    for start in range(0, q.shape[2], QUERIES):
-        first = max(0, start - window + 1) // 8 * 8  # the kernels want keys in eights; the mask is exact
-        queries, keys = slice(start, start + QUERIES), slice(first, start + QUERIES)
-        y = F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask[queries, keys])
-        pieces.append(y.transpose(1, 2))
-    return torch.cat(pieces, dim=1)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    # CUDA's kernels for masks want as many heads of keys and values as of queries
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al., 2023, section 2.2) in a window: (B, T, C) -> (B, T, C)."""
+    """Grouped-query attention in a sliding window (Jiang et al., 2023, section 2): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
-        self.window = config.window
-        self.heads = config.n_head, config.n_kv_head, config.n_kv_head
-        self.size = config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * self.size, bias=False)
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
+        kv_size = config.n_kv_head * config.n_embd // config.n_head
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k = nn.Linear(config.n_embd, kv_size, bias=False)
+        self.v = nn.Linear(config.n_embd, kv_size, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, norm, rope, mask):
-        B, T, _ = x.shape
-        x = recompute(lambda x: self.qkv(norm(x)), x)  # (B, T, (H + 2 K) D)
-        q, k, v = x.view(B, T, -1, self.size).transpose(1, 2).split(self.heads, dim=1)  # (B, H or K, T, D)
-        y = attend(rotate(q, rope), rotate(k, rope), v, self.window, mask)  # (B, T, H, D)
-        return self.proj(y.flatten(2))  # (B, T, C)
+    def forward(self, x, rope, mask):
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
+        v = self.v(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        q = rotate(q, rope)
+        k = rotate(k, rope)
+        y = attend(q, k, v, mask)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
+# The same in LLaMA, Mistral, DeepSeek and MTA.
 class MLP(nn.Module):
     """SwiGLU (Shazeer, 2020, eq. 6): (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config):
+    def __init__(self, n_embd, n_inner):
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.up = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+        self.gate = nn.Linear(n_embd, n_inner, bias=False)
+        self.up = nn.Linear(n_embd, n_inner, bias=False)
+        self.proj = nn.Linear(n_inner, n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate(x), self.up(x)
-        return recompute(lambda gate, up: self.proj(F.silu(gate) * up), gate, up)
+        return self.proj(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block (Touvron et al., 2023, section 2.2): (B, T, C) -> (B, T, C)."""
+    """Residual block with norms first (Touvron et al., 2023, section 2.2): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
-        self.norm1 = Norm(config)
+        self.norm1 = Norm(config.n_embd)
         self.attention = Attention(config)
-        self.norm2 = Norm(config)
-        self.mlp = MLP(config)
+        self.norm2 = Norm(config.n_embd)
+        self.mlp = MLP(config.n_embd, config.n_inner)
 
     def forward(self, x, rope, mask):
-        x = x + self.attention(x, self.norm1, rope, mask)
-        return x + self.mlp(recompute(self.norm2, x))
+        x = x + self.attention(self.norm1(x), rope, mask)
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class Model(nn.Module):
-    """The language model. What the loop asks of it: forward, decode, after_step, flops_per_token, optimizer_groups."""
+    """The language model: token ids in, logits or losses out."""
 
     def __init__(self, config):
         super().__init__()
         if config.n_embd % (2 * config.n_head):
-            fail(f"--n_embd {config.n_embd} is not a multiple of 2 x --n_head {config.n_head}: RoPE turns pairs")
+            fail(f"--n_embd {config.n_embd} can't be split into --n_head {config.n_head} heads of pairs")
         if config.n_head % config.n_kv_head:
             fail(f"--n_head {config.n_head} is not a multiple of --n_kv_head {config.n_kv_head}")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.norm = Norm(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head
         rope = rope_table(config.rope_theta, config.block_size, config.n_embd // config.n_head)
         self.register_buffer("rope", rope, persistent=False)
-        ones = torch.ones(config.block_size, config.block_size, dtype=torch.bool)
-        self.register_buffer("mask", ones.tril() & ones.triu(1 - config.window), persistent=False)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.norm = Norm(config.n_embd)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's, as the paper gives none: N(0, 0.02), less by sqrt(2 n_layer) where a block adds to the residual."""
+        """As GPT-2's, since the paper gives none."""
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
             elif name.endswith("proj.weight"):
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
-            elif name.endswith(("wte.weight", "qkv.weight", "gate.weight", "up.weight")):
+            elif name.split(".")[-2] in ("wte", "q", "k", "v", "gate", "up"):
                 parameter.normal_(0.0, 0.02)
             else:
                 raise NotImplementedError(f"no initialisation for {name}")
 
     def forward(self, idx, targets=None, reduction="mean"):
-        """Next-token logits or losses of idx, (B, T) token ids.
+        """Token ids idx (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, loss).
 
-        Without targets: ((B, T, V) logits, None). With (B, T) targets: (None, loss), the cross-entropy in nats,
-        its mean, or with reduction="none" each token's, (B, T), and 0 where the target is negative. The mean's
-        gradient may hold auxiliary terms; its value never does.
+        The loss is the cross-entropy in nats: its mean, or with reduction "none" each
+        token's, (B, T), and 0 where the target is negative.
         """
-        T = idx.shape[1]
         x = self.wte(idx)  # (B, T, C)
-        mask = block_mask(T, self.config.window, x.device) if can_flex(x) else self.mask[:T, :T]
+        rope = self.rope[:, : idx.shape[1]]
+        mask = window_mask(x, self.config.window)
         for block in self.blocks:
-            x = block(x, self.rope[:, :T], mask)
+            x = block(x, rope, mask)
         x = self.norm(x)
         if targets is None:
             return F.linear(x, self.wte.weight), None  # (B, T, V)
         return None, head_loss(x, self.wte.weight, targets, reduction)
 
     def decode(self, idx, state=None):
-        """((B, V) logits of the token after idx, state for the next call): state is what a model keeps of the past."""
+        """Logits (B, V) of the token after idx (B, T), and a state for the next call (none here)."""
         logits, _ = self(idx[:, -self.config.block_size :])
         return logits[:, -1], None
 
     def after_step(self):
-        """Called once after each optimizer step, on every rank; returns figures to log, {name: number}."""
+        """Called after each optimizer step. Returns figures for the log."""
         return {}
 
-    def flops_per_token(self):
-        """Floating-point operations of a forward pass per token, at full context: matrix products and attention."""
-        config = self.config
-        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)) + self.wte.weight.numel()
-        window = min(config.window, config.block_size)
-        keys = window * (1 - window / (2 * config.block_size))  # the mean over queries: the first ones have fewer
-        attention = config.n_layer * 2 * config.n_embd * keys
-        return 2 * matrices + 2 * attention
+    def active_parameters(self):
+        """Parameters that one token uses."""
+        return sum(p.numel() for p in self.parameters())
 
-    # ------------------------------------------------------------------------------------------------------
+    def flops_per_token(self):
+        """FLOPs of a forward pass per token at full context: matrix products and attention."""
+        config = self.config
+        weights = self.wte.weight.numel()  # as the head; looking up an embedding costs nothing
+        weights += sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        window = min(config.window, config.block_size)
+        keys = window - window**2 / (2 * config.block_size)  # that a token sees on average
+        return 2 * weights + config.n_layer * 4 * config.n_embd * keys  # QK^T and AV
+
+    # ----------------------------------------------------------------------
     # Optimizer groups
 
     def optimizer_groups(self):
-        """[{params, weight_decay, lr_scale}]: matrices and the embedding decay, norms don't."""
-        parameters = list(self.parameters())
+        """Matrices and embeddings decay, norms and biases don't."""
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
         return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.config.weight_decay, "lr_scale": 1.0},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
 
 
-# ==========================================================================================================
+# ==========================================================================
 # Loss: the same in every script
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits x @ weight.T, of which only a sixteenth, or 512 rows, exist at a time.
+    """Mean cross-entropy of logits = x @ weight.T: x (N, C), weight (V, C), targets (N,) -> scalar.
 
-    x (N, C), weight (V, C), targets (N,) -> scalar. The gradient of the logits, softmax minus one-hot, is
-    formed and used up while a chunk's logits are there, so that backward only scales what forward left.
+        loss = mean(logsumexp(logits) - logits[target])
+        d loss / d logits = (softmax(logits) - one_hot(target)) / N
+
+    All logits at once, (N, V), would be the largest tensor of the run by far. So they
+    are made for some rows at a time, and while softmax(logits) is at hand, the gradients
+    of x and weight are made too. The obvious version is in tests/reference.py.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, with_grad):
-        device, n = x.device.type, len(x)
+    def forward(ctx, x, weight, targets, needs_grad):
+        device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, w, size, total = x.to(dtype), weight.to(dtype), min(n, max(512, -(-n // 16))), 0.0
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
-        room = x.new_empty(size, len(w))  # for all chunks: a CPU pays for the first touch of new memory
-        for at in range(0, n, size):
-            chunk, target = x[at : at + size], targets[at : at + size, None]
-            logits = torch.mm(chunk, w.T, out=room[: len(chunk)]).to(torch.promote_types(dtype, torch.float32))
-            top, wanted = logits.amax(-1, keepdim=True), logits.gather(-1, target)
-            sums = logits.sub_(top).exp_().sum(-1, keepdim=True)  # in place: logsumexp would copy the logits
-            losses = sums.log() + top - wanted
-            total = total + losses.sum()
-            if with_grad:  # softmax, and at the target softmax - 1 = expm1(-loss)
-                dlogits = logits.div_(sums).to(dtype).scatter_(-1, target, torch.expm1(-losses).to(dtype))
-                dx[at : at + size] = dlogits @ w
-                if dtype == dw.dtype:
-                    dw.addmm_(dlogits.T, chunk)
+        x = x.to(dtype)
+        w = weight.to(dtype)
+        dx = torch.empty_like(x) if needs_grad else None
+        dweight = torch.zeros_like(weight) if needs_grad else None
+        N = len(x)
+        rows = min(N, max(512, math.ceil(N / 16)))
+        buffer = x.new_empty(rows, len(w))  # reused: new memory for each chunk's logits is slow on a CPU
+        loss = 0.0
+        for start in range(0, N, rows):
+            chunk = x[start : start + rows]
+            target = targets[start : start + rows, None]
+            logits = torch.mm(chunk, w.T, out=buffer[: len(chunk)])  # (rows, V)
+            logits = logits.to(torch.promote_types(dtype, torch.float32))  # exp and sum need fp32
+            largest = logits.amax(-1, keepdim=True)
+            wanted = logits.gather(-1, target)
+            exps = logits.sub_(largest).exp_()
+            sums = exps.sum(-1, keepdim=True)
+            loss = loss + (sums.log() + largest - wanted).sum()
+            if needs_grad:
+                dlogits = exps.div_(sums)  # softmax(logits)
+                dlogits.scatter_(-1, target, dlogits.gather(-1, target) - 1)  # - one_hot(target)
+                dlogits = dlogits.to(dtype)
+                dx[start : start + rows] = dlogits @ w
+                if dtype == dweight.dtype:
+                    dweight.addmm_(dlogits.T, chunk)
                 else:
-                    dw += dlogits.T @ chunk
-        ctx.save_for_backward(dx, dw)
-        return total / n
+                    dweight += dlogits.T @ chunk
+        ctx.save_for_backward(dx, dweight)
+        return loss / N
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        scale = grad / len(dx)  # here, not in forward: fp16 would lose the small ones
-        return (dx * scale).to(dx.dtype), dw.mul_(scale), None, None
+        dx, dweight = ctx.saved_tensors
+        scale = grad / len(dx)  # divided here, not in forward: fp16 would round the small ones to zero
+        return (dx * scale).to(dx.dtype), dweight.mul_(scale), None, None
 
 
 def head_loss(x, weight, targets, reduction):
-    """Cross-entropy in nats of logits x @ weight.T; x (B, T, C), weight (V, C), targets (B, T).
+    """Cross-entropy in nats of the logits x @ weight.T: x (B, T, C), weight (V, C), targets (B, T).
 
-    "mean": a scalar. "none": (B, T), without gradient, computed only where the target is not negative, else 0.
+    reduction "mean": a scalar. "none": (B, T), without a gradient, and 0 where a target is negative.
     """
-    x, flat = x.flatten(0, 1), targets.flatten()
+    x = x.flatten(0, 1)
+    flat = targets.flatten()
     if reduction == "mean":
         return HeadLoss.apply(x, weight, flat, torch.is_grad_enabled())
     losses = torch.zeros(flat.shape, device=x.device)
-    for rows in (flat >= 0).nonzero().flatten().split(2048):
-        losses[rows] = F.cross_entropy(F.linear(x[rows], weight).float(), flat[rows], reduction="none")
+    scored = (flat >= 0).nonzero().flatten()
+    for rows in scored.split(2048):
+        logits = F.linear(x[rows], weight).float()
+        losses[rows] = F.cross_entropy(logits, flat[rows], reduction="none")
     return losses.view(targets.shape)
 
 
-# ==========================================================================================================
+# ==========================================================================
 # Set-up: the same in every script
 
 
+def parse_command_line():
+    """(Config, the options given as a dict, what else was asked for) of the command line.
+
+    The later one wins: Config's default, the paper's recipe, --tiny, an option.
+    """
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--tiny", action="store_true", help="a small model on a small dataset made offline")
+    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    parser.add_argument("--eval", action="store_true", help="score the run's last checkpoint")
+    parser.add_argument("--sample", metavar="PROMPT", help="continue a text with the run's last checkpoint")
+    given, asked = fineweb.parse_options(parser, Config, RECIPE, TINY_MODEL | TINY_RUN)
+    values = {}
+    if given.get("recipe", "paper") == "paper":
+        values |= RECIPE
+    if asked.tiny:
+        values |= TINY_MODEL | TINY_RUN
+    return Config(**(values | given)), given, asked
+
+
 def check_config(config, world):
-    """Raises SystemExit with a line that says which values can't be, or can't go together."""
-    for field in dataclasses.fields(config):
-        name, value, zero = field.name, getattr(config, field.name), field.metadata["zero"]
-        if not isinstance(value, str) and not (0 < value < math.inf or zero and value == 0):
-            fail(f"--{name} {value}: must be {'at least' if zero else 'more than'} 0")
-    if config.batch_tokens % (world * max(1, config.micro_batch) * config.block_size):
-        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x micro-batches of "
-             f"{max(1, config.micro_batch)} row(s) x --block_size {config.block_size}: choose numbers that divide it")
+    """Raises SystemExit for a value that can't be, or for values that don't fit together."""
+    fineweb.check_options(config)
+    rows = max(1, config.micro_batch)
+    if config.batch_tokens % (world * rows * config.block_size):
+        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x "
+             f"micro-batches of {rows} row(s) x --block_size {config.block_size}: "
+             "choose numbers that divide it")  # fmt: skip
+
+
+@dataclasses.dataclass
+class Machine:
+    """Where this process runs."""
+
+    rank: int  # this process's number among all
+    world: int  # how many processes there are
+    device: torch.device
+    name: str  # of the device
+    dtype: torch.dtype  # of the matrix products
+    why: str  # this dtype was chosen
+
+    @property
+    def autocast(self):
+        """A context in which matrix products have the dtype, and all that needs fp32 stays in it."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def start(config, world):
-    """Joins the other processes, if any; returns (device, its name, dtype, why that dtype)."""
-    devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": world}
-    kind = next(k for k in devices if devices[k]) if config.device == "auto" else config.device
-    if devices[kind] < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        fail(f"torch {torch.__version__} finds {devices[kind]} {kind} device(s) here: start fewer processes or change --device")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    """Finds the device, joins the other processes if there are any, and returns the Machine."""
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    found["cpu"] = world
+    kind = config.device
+    if kind == "auto":
+        kind = next(kind for kind in found if found[kind])
+    if found[kind] < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        fail(f"torch {torch.__version__} finds {found[kind]} {kind} device(s) here: "
+             "start fewer processes or change --device")  # fmt: skip
+    name = kind
+    device = torch.device(kind)
     if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        name = torch.cuda.get_device_name(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-    if config.dtype != "auto":
-        dtype, why = config.dtype, "as asked for"
-    elif kind != "cuda":
-        dtype, why = "float32", f"the safe choice on {kind}"
-    elif torch.cuda.is_bf16_supported(including_emulation=False):
-        dtype, why = "bfloat16", "the GPU has it"
-    else:
-        dtype, why = "float16", "the GPU has no bfloat16; with a loss scaler"
-    if world > 1:  # first the import of _dynamo: what it imports would hold the group, and its threads, to the very end
-        torch._dynamo.config.optimize_ddp = False  # True cuts the graph into buckets; gradients are sent once a step only
+    dtype, why = choose_dtype(config, kind)
+    if world > 1:
+        # DDP must not cut the graph into buckets, since gradients are sent once a step only.
+        # Naming _dynamo imports it, and that must come first, or it holds the group for ever.
+        torch._dynamo.config.optimize_ddp = False
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, torch.cuda.get_device_name(device) if kind == "cuda" else kind, getattr(torch, dtype), why
+    rank = int(os.environ.get("RANK", 0))
+    return Machine(rank, world, device, name, dtype, why)
 
 
-def over_ranks(values, device, op=dist.ReduceOp.SUM):
-    """A list of numbers summed over the processes, or reduced by another op."""
-    if not dist.is_initialized():
+def choose_dtype(config, kind):
+    """(torch dtype of the matrix products, why) on a kind of device."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), "as asked for"
+    if kind != "cuda":
+        return torch.float32, f"the safe choice on {kind}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has it"
+    return torch.float16, "the GPU has no bfloat16; with a loss scaler"
+
+
+def over_ranks(values, machine, op=dist.ReduceOp.SUM):
+    """A list of numbers, summed over all processes, or reduced by another op."""
+    if machine.world == 1:
         return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
+    values = torch.tensor(values, dtype=torch.float64, device=machine.device)
     dist.all_reduce(values, op)
     return values.tolist()
 
 
-def find_micro_batch(config, rows, device, autocast):
-    """The largest divisor of rows that trains within the memory, the same on every process."""
-    most = 4096 if device.type == "cpu" else 65_536  # tokens; no device gets faster from more
-    for n in [n for n in range(rows, 0, -1) if rows % n == 0 and (n == 1 or n * config.block_size <= most)]:
-        if config.micro_batch or device.type == "cpu":  # a CPU out of memory can't be caught
-            return config.micro_batch or n
-        try:
-            trial, error = Model(config).to(device), None
-            optimizer = torch.optim.AdamW(trial.parameters(), fused=device.type != "mps")
-            for _ in range(2):  # the second time beside gradients and AdamW's moments, as in the run
-                with autocast:
-                    _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
-                loss.backward()
-                optimizer.step()
-        except RuntimeError as caught:  # out of memory has many names: the last is shown if nothing fits
-            error = str(caught).splitlines()[0]
-        trial = loss = optimizer = None  # before the next trial
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        if over_ranks([float(error is None)], device, dist.ReduceOp.MIN)[0]:
+def find_micro_batch(config, rows, machine):
+    """The largest divisor of rows that fits into the device's memory, the same on every process."""
+    if config.micro_batch:
+        return config.micro_batch
+    on_cpu = machine.device.type == "cpu"
+    most = (4096 if on_cpu else 65_536) // config.block_size  # no device gets faster with more
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0 and n <= max(1, most)]
+    if on_cpu:  # the system kills a process that runs out of memory, so there is nothing to try
+        return sizes[0]
+    for n in sizes:
+        error = try_micro_batch(config, n, machine)
+        fits = over_ranks([float(error is None)], machine, dist.ReduceOp.MIN)[0]
+        if fits:
             return n
-    fail(f"not even one row of {config.block_size} tokens fits: use a smaller --block_size or model. {error or ''}")
+    fail(f"not even one row of {config.block_size} tokens fits: "
+         f"use a smaller --block_size or model. {error}")  # fmt: skip
+
+
+def try_micro_batch(config, n, machine):
+    """Takes two training steps with n rows. Returns None, or the words of a device out of memory."""
+    error = None
+    try:
+        model = Model(config).to(machine.device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=machine.device.type != "mps")
+        idx = torch.zeros(n, config.block_size, dtype=torch.int64, device=machine.device)
+        for _ in range(2):  # only the second has gradients and AdamW's moments beside it
+            with machine.autocast:
+                _, loss = model(idx, idx)
+            loss.backward()
+            optimizer.step()
+    except RuntimeError as caught:
+        error = str(caught).splitlines()[0]
+        if not ("out of memory" in error or "ALLOC_FAILED" in error):  # cuBLAS says the latter
+            raise
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(machine.device)  # the run shows its own peak
+    return error
+
+
+# ==========================================================================
+# Checkpoints: the same in every script
+
+CHECKPOINT_FORMAT = 2
+
+
+def checkpoint_paths(folder):
+    """The run's checkpoints, oldest first."""
+    paths = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem[5:]))
+
+
+def save_checkpoint(folder, step, config, data, model, optimizer, scaler):
+    """Writes folder/step_N.pt with all that --resume needs, whole or not at all; keeps the last two."""
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT, "script": Path(__file__).stem,
+        "step": step,  # also the position in the data: a batch is a function of seed and step
+        "config": dataclasses.asdict(config), "data": data,
+        "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
+        "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+    }  # fmt: skip
+    path = folder / f"step_{step:06d}.pt"
+    fineweb.write_atomic(path, lambda file: torch.save(checkpoint, file))
+    for old in checkpoint_paths(folder)[:-2]:
+        old.unlink()
+    say(f"step {step:05d} | saved {path}")
 
 
 def load_checkpoint(folder):
-    """The newest checkpoint that can be read, or None; says which can't."""
-    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+    """The newest checkpoint that can be read, or None. A damaged one is skipped with a line."""
+    for path in reversed(checkpoint_paths(folder)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken file raises anything
+        except Exception as error:  # a damaged file can raise anything
             say(f"{path} is damaged ({type(error).__name__}): using the one before it")
+    return None
+
+
+def open_run(folder, asked):
+    """The checkpoint to continue from, or None for a new run.
+
+    Raises SystemExit if one is needed and there is none, or if a new run would overwrite an old one.
+    """
+    needed = asked.resume or asked.eval or asked.sample is not None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
+    checkpoint = load_checkpoint(folder) if needed or restarted else None
+    if needed and checkpoint is None:
+        fail(f"{folder} holds no checkpoint: train it first, or name another run by --run_name")
+    if folder.exists() and not needed and not restarted:
+        fail(f"{folder} already holds a run: continue it by --resume, or choose another name by --run_name")
+    return checkpoint
 
 
 def resumed_config(checkpoint, given):
-    """The checkpoint's Config with the options given now. Raises SystemExit for one that can't change any more."""
-    old, names = checkpoint["config"], [field.name for field in dataclasses.fields(Config)]
-    if checkpoint["script"] != Path(__file__).stem or sorted(old) != sorted(names):
-        fail(f"the checkpoint is of {checkpoint['script']}.py, or of another version of it: use that one")
-    for name in names[: names.index("seed") + 1]:
-        if given.get(name, old[name]) != old[name]:
-            fail(f"--{name} {given[name]}: the checkpoint has {old[name]}; leave it out, or start another run")
-    return Config(**{**old, **given})
+    """The checkpoint's Config with the options given now. Raises SystemExit for one that must stay."""
+    old = checkpoint["config"]
+    names = {field.name for field in dataclasses.fields(Config)}
+    if checkpoint["script"] != Path(__file__).stem:
+        fail(f"the checkpoint is of {checkpoint['script']}.py: use that script")
+    if checkpoint["format"] != CHECKPOINT_FORMAT or old.keys() != names:
+        fail("the checkpoint is of another version of this script: its copy in the run's folder reads it")
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != old[name]:
+            fail(f"--{name} {value}: the checkpoint has {old[name]}; leave it out, or start another run")
+    return Config(**(old | given))
 
 
-# ==========================================================================================================
+# ==========================================================================
 # Training: the same in every script
 
 
 def get_lr(config, step):
-    """Linear warm-up to max_lr, then a cosine to min_lr at max_steps (Brown et al., 2020, appendix B)."""
+    """Linear warm-up to max_lr, then a cosine down to min_lr (Brown et al., 2020, appendix B)."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
-    return config.min_lr + 0.5 * (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
+    return config.min_lr + (config.max_lr - config.min_lr) * cosine
 
 
 @torch.no_grad()
-def validate(model, windows, micro_batch, rank, world, device, autocast):
-    """Mean next-token loss over the windows, in nats, the same on every process."""
-    mine, total = range(rank, len(windows), world), 0.0
-    for at in range(0, len(mine), micro_batch):
-        rows = torch.from_numpy(windows.rows(mine[at : at + micro_batch])).to(device)
-        with autocast:
-            total += model(rows[:, :-1], rows[:, 1:])[1].item() * len(rows)
-    return over_ranks([total], device)[0] / len(windows)
+def validate(model, windows, micro_batch, machine):
+    """Mean next-token loss over the windows in nats, the same on every process."""
+    mine = range(machine.rank, len(windows), machine.world)
+    starts = range(0, len(mine), micro_batch)
+    total = 0.0
+    for start in fineweb.with_estimate(starts, "validation", "--val_tokens makes it shorter"):
+        rows = windows.rows(mine[start : start + micro_batch])
+        rows = torch.from_numpy(rows).to(machine.device)
+        with machine.autocast:
+            _, loss = model(rows[:, :-1], rows[:, 1:])
+        total += loss.item() * len(rows)
+    return over_ranks([total], machine)[0] / len(windows)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompt, n_samples, config, device, autocast):
-    """n_samples texts that continue the prompt by sample_tokens tokens, each drawn from the 50 likeliest."""
-    idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]] * n_samples, device=device)
-    generator, state = torch.Generator(device).manual_seed(config.seed), None
+def generate(model, tokenizer, prompt, n_samples, config, machine):
+    """n_samples texts that continue the prompt, each token drawn from the 50 likeliest."""
+    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    idx = torch.tensor([tokens] * n_samples, device=machine.device)
+    generator = torch.Generator(machine.device).manual_seed(config.seed)
+    state = None
     for _ in range(config.sample_tokens):
-        with autocast:
+        with machine.autocast:
             logits, state = model.decode(idx, state)
-        top = logits[:, : tokenizer.n_vocab].float().topk(50)  # the ids beyond n_vocab are padding
+        logits = logits[:, : tokenizer.n_vocab].float()  # ids beyond n_vocab are padding
+        top = logits.topk(50)
         choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
         idx = torch.cat((idx, top.indices.gather(-1, choice)), dim=1)
     return [tokenizer.decode(row) for row in idx.tolist()]
 
 
+def step_line(step, loss, lr, norm, seconds, eta, flops_per_token, config, machine):
+    """A training step in words, for the screen."""
+    rate = config.batch_tokens / seconds
+    line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
+    line += f" | {1000 * seconds:.0f} ms | {rate:,.0f} tok/s | eta {eta / 60:.0f} min"
+    if machine.device.type == "cuda":
+        line += f" | {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB"
+    peak = PEAK_FLOPS.get(machine.name)
+    if peak and machine.dtype != torch.float32:
+        flops = 3 * flops_per_token * rate  # a backward pass is two forward passes' work
+        line += f" | MFU {flops / (peak * machine.world):.1%}"
+    return line
+
+
 def main():
-    # ---- what to do, and with what
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small model, small offline data: other defaults for all")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-    parser.add_argument("--eval", action="store_true", help="score the run's newest checkpoint")
-    parser.add_argument("--sample", metavar="PROMPT", help="continue a text with the run's newest checkpoint")
-    given, todo = fineweb.parse_options(parser, Config)
-    recipe = RECIPE if given.get("recipe", "paper") == "paper" else {}
-    config = Config(**{**recipe, **(TINY_MODEL | TINY_RUN if todo.tiny else {}), **given})
-    script = Path(__file__).stem
-    folder = Path("log") / (config.run_name or script.removeprefix("train_") + ("-tiny" if todo.tiny else ""))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun starts a crashed run anew
-    wanted = todo.resume or todo.eval or todo.sample is not None
-    checkpoint = load_checkpoint(folder) if wanted or restarted else None
+    # ---- what to do
+    config, given, asked = parse_command_line()
+    script = Path(__file__)
+    default_name = script.stem.removeprefix("train_") + ("-tiny" if asked.tiny else "")
+    folder = Path("log") / (config.run_name or default_name)
+    checkpoint = open_run(folder, asked)
     if checkpoint:
         config = resumed_config(checkpoint, given)
-    elif wanted:
-        fail(f"{folder} holds no checkpoint: train it first, or name another run by --run_name")
-    elif folder.exists() and not restarted:
-        fail(f"{folder} already holds a run: go on with it by --resume, or choose another by --run_name")
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
     check_config(config, world)
     first_step = checkpoint["step"] if checkpoint else 0
-    last_step = first_step if todo.eval else config.max_steps
-    if todo.resume and first_step >= last_step:
-        fail(f"{folder} is finished at step {first_step}: score it by --eval, or train on with a larger --max_steps")
-    device, device_name, dtype, why = start(config, world)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    last_step = first_step if asked.eval else config.max_steps
+    if asked.resume and first_step >= last_step:
+        fail(f"{folder} is finished at step {first_step}: "
+             "score it by --eval, or train on with a larger --max_steps")  # fmt: skip
+    machine = start(config, world)
+    device = machine.device
 
-    # ---- the model, made on the CPU: the same weights on every device and process
+    # ---- the model, made on the CPU: the same weights on every device
     torch.manual_seed(config.seed)
     model = Model(config)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     model.to(device)
-    if todo.sample is not None:
+    if asked.sample is not None:
         tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
-        return say("\n".join(generate(model.eval(), tokenizer, todo.sample, 4, config, device, autocast)))
+        for text in generate(model.eval(), tokenizer, asked.sample, 4, config, machine):
+            say(text)
+        return
+
+    # ---- the batch, shared out evenly: each process takes its rows in micro-batches
     batch_rows = config.batch_tokens // config.block_size
-    micro_batch = find_micro_batch(config, batch_rows // world, device, autocast)
+    micro_batch = find_micro_batch(config, batch_rows // world, machine)
     micro_steps = batch_rows // world // micro_batch
+
+    # ---- the optimizer
     groups = model.optimizer_groups()
-    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=device.type != "mps")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
     if checkpoint:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})  # settings as of now
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was off
+        settings = optimizer.state_dict()  # of now; only the moments are the checkpoint's
+        optimizer.load_state_dict(settings | {"state": checkpoint["optimizer"]})
+        if checkpoint["scaler"]:  # it is empty where no scaler was used
+            scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
-    compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
-    net = compiled = torch.compile(model, dynamic=False) if compiles else model
+
+    # ---- the same weights under three names: model for checkpoints, samples and HellaSwag, whose
+    # many shapes would each be compiled anew; compiled for speed; net to train, on all processes
+    compiled = model
+    on_linux_gpu = device.type == "cuda" and os.name == "posix"
+    if config.compile == "on" or (config.compile == "auto" and on_linux_gpu):
+        compiled = torch.compile(model, dynamic=False)
+    net = compiled
     if world > 1:
         net = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-        net.broadcast_buffers = False  # they are each process's own; as an argument it is deprecated from torch 2.13 on
+        net.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
 
     # ---- the data
-    if todo.tiny and config.data_dir == TINY_RUN["data_dir"] and rank == 0:
+    if asked.tiny and config.data_dir == TINY_RUN["data_dir"] and machine.rank == 0:
         fineweb.write_sample(config.data_dir)
-    over_ranks([0], device)  # the others wait for it
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, checkpoint and checkpoint["data"])
+    over_ranks([0], machine)  # the others wait for it
+    trained_on = checkpoint["data"] if checkpoint else None
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, trained_on)
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
-    loader = fineweb.Loader(train, batch_rows, config.seed, rank, world, device, config.vocab_size, config.max_steps)
-    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if rank == 0 else None
-    scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size, device, rank, world)
-    checkpoint = None
+    loader = fineweb.Loader(train, batch_rows, config.seed, machine.rank, world, device,
+                            config.vocab_size, config.max_steps)  # fmt: skip
+    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if machine.rank == 0 else None
+    scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size,
+                                   device, machine.rank, world)  # fmt: skip
 
-    # ---- the run's folder
-    git = subprocess.run("git describe --always --dirty --exclude=*", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True).stdout.strip()  # fmt: skip
-    facts = {"script": script, "git": git or "unknown", "torch": torch.__version__, "device": device_name,
-             "processes": world, "dtype": f"{dtype} ({why})", "micro_batch": micro_batch, "micro_steps": micro_steps,
-             "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(),
-             "data": data, "config": dataclasses.asdict(config)}  # fmt: skip
-    log_file = fineweb.open_log(folder / "log.jsonl" if rank == 0 else None, math.inf if todo.eval else first_step)
-    if rank == 0 and not todo.eval:
-        (folder / f"{script}.py").write_text(Path(__file__).read_text())
+    # ---- the run's folder and log
+    facts = {
+        "script": script.stem, "git": fineweb.git_version(script.parent), "torch": torch.__version__,
+        "device": machine.name, "processes": world, "dtype": f"{machine.dtype} ({machine.why})",
+        "micro_batch": micro_batch, "micro_steps": micro_steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "active_parameters": model.active_parameters(), "flops_per_token": model.flops_per_token(),
+        "data": data, "config": dataclasses.asdict(config),
+    }  # fmt: skip
+    log_path = folder / "log.jsonl" if machine.rank == 0 else None
+    log_file = fineweb.open_log(log_path, math.inf if asked.eval else first_step)
+    if machine.rank == 0 and not asked.eval:
+        fineweb.keep_copy(script, folder)
 
     def log(event, **fields):
         log_file.write(json.dumps({"event": event, **fields}) + "\n")
 
-    log("run", first_step=first_step, time=time.time(), **facts)
-    say("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    stop, stopping = [], False  # a first signal asks for an end after the step, a second one kills
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name and dtype != torch.float32), None)
+    def evaluate(step):
+        """Logs and prints the validation loss and the accuracy on HellaSwag or the cloze."""
+        model.eval()
+        loss = validate(compiled, val, micro_batch, machine)
+        log("val", step=step, loss=loss)
+        say(f"step {step:05d} | validation loss {loss:.4f}")
+        if scorer is None:
+            return
+        conventions = scorer.batches if step == last_step else ["nanogpt"]
+        for convention in conventions:
+            with machine.autocast:
+                result = scorer.score(lambda x, y: model(x, y, "none")[1], convention, step, folder)
+            log("score", step=step, **result)
+            say(f"step {step:05d} | {hellaswag.one_line(result)}")
 
-    for step in range(first_step, last_step + 1):
-        # ---- evaluate, save, sample
-        due = not stopping and (step % config.eval_every == 0 or step == last_step)
-        if due:
-            model.eval()
-            loss = validate(compiled, val, micro_batch, rank, world, device, autocast)
-            log("val", step=step, loss=loss)
-            say(f"step {step:05d} | validation loss {loss:.4f}")
-            for convention in (scorer.batches if step == last_step else ["nanogpt"]) if scorer else []:
-                with autocast:  # by the raw model: compile would start over for each of the scorer's shapes
-                    result = scorer.score(lambda x, y: model(x, y, "none")[1], convention, step, folder)
-                log("score", step=step, **result)
-                say(f"step {step:05d} | {hellaswag.one_line(result)}")
-        if (due or stopping) and step > first_step and rank == 0:
-            checkpoint = {"format": 1, "script": script, "step": step, "config": facts["config"], "data": data,
-                          "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
-                          "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}  # fmt: skip
-            fineweb.write_atomic(folder / f"step_{step:06d}.pt", lambda f: torch.save(checkpoint, f))
-            for old in sorted(folder.glob("step_*.pt"))[:-2]:
-                old.unlink()
-            say(f"step {step:05d} | saved {folder}/step_{step:06d}.pt")
-        for text in generate(model, tokenizer, config.prompt, 2, config, device, autocast) if due and tokenizer else []:
+    def sample(step):
+        """Logs and prints two texts."""
+        for text in generate(model, tokenizer, config.prompt, 2, config, machine):
             log("sample", step=step, text=text)
             say(f"step {step:05d} > {text!r}")
-        if stopping or step == last_step:
-            say(f"{folder} is at step {step} of {config.max_steps}. Next: python {script}.py --run_name {folder.name} "
-                + ("--resume" if step < config.max_steps else f"--sample {json.dumps(config.prompt)}"))  # fmt: skip
+
+    log("run", first_step=first_step, time=time.time(), **facts)
+    fineweb.show(facts)
+    signals = fineweb.catch_signals()
+    stopping = False
+    for step in range(first_step, last_step + 1):
+        # ---- once in a while, and at the end: evaluate, save, sample
+        is_last = step == last_step
+        is_due = (step % config.eval_every == 0 or is_last) and not stopping
+        if is_due:
+            evaluate(step)
+        if (is_due or stopping) and step > first_step and machine.rank == 0:
+            save_checkpoint(folder, step, config, data, model, optimizer, scaler)
+        if is_due and tokenizer:
+            sample(step)
+        if is_last or stopping:
+            finished = step >= config.max_steps
+            command = f"--sample {json.dumps(config.prompt)}" if finished else "--resume"
+            say(f"{folder} is at step {step} of {config.max_steps}.")
+            say(f"Next: python {script.name} --run_name {folder.name} {command}")
             break
 
-        # ---- step
+        # ---- one optimizer step
         model.train()
-        began, loss = time.perf_counter(), torch.zeros((), device=device)
-        for micro_step, part in enumerate(loader.batch(step).split(micro_batch)):  # (micro_batch, T + 1)
-            if world > 1:  # gradients are averaged over the processes once a step, in the last backward
+        began = time.perf_counter()
+        loss = torch.zeros((), device=device)
+        batch = loader.batch(step)  # (rows of this process, T + 1)
+        for micro_step, rows in enumerate(batch.split(micro_batch)):
+            if world > 1:
+                # gradients add up in .grad, so averaging them over the processes can wait for the last
                 net.require_backward_grad_sync = micro_step == micro_steps - 1
-            with autocast:
-                _, micro_loss = net(part[:, :-1], part[:, 1:])
-            scaler.scale(micro_loss / micro_steps).backward()
-            loss += micro_loss.detach() / micro_steps
-        scaler.unscale_(optimizer)
+            with machine.autocast:
+                _, micro_loss = net(rows[:, :-1], rows[:, 1:])
+            # .grad adds the gradients up, and we want their mean, so each micro-loss is divided
+            micro_loss = micro_loss / micro_steps
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        scaler.unscale_(optimizer)  # from fp16's scaled gradients to the real ones, for clipping
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         lr = get_lr(config, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        scaler.step(optimizer)  # a scaler skips an infinite gradient, on all processes alike: it is their mean
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        scaler.step(optimizer)  # which skips the step if a gradient of fp16 is infinite
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        figures = model.after_step()
-        loss, stopping = over_ranks([loss.item() / world, len(stop)], device)
-        norm, seconds = norm.item(), time.perf_counter() - began
-        if not math.isfinite(loss) or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; the last good checkpoint, if any, is in {folder}")
-        pace = seconds if step <= first_step + 1 else 0.9 * pace + 0.1 * seconds  # the first step compiles
-        log("train", step=step, loss=loss, lr=lr, norm=norm if math.isfinite(norm) else None, ms=1000 * seconds, **figures)
-        line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms"
-        line += f" | {config.batch_tokens / seconds:,.0f} tok/s | eta {pace * (config.max_steps - step - 1) / 60:.0f} min"
-        line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else ""
-        line += f" | MFU {3 * facts['flops_per_token'] * config.batch_tokens / seconds / (peak * world):.1%}" if peak else ""
+        norm = norm.item()
+        figures = model.after_step() if math.isfinite(norm) else {}
+        loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
+        seconds = time.perf_counter() - began
+
+        # ---- and a word about it
+        skipped = scaler.is_enabled() and scaler.get_scale() >= 1 and not math.isfinite(norm)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; "
+                 f"the last good checkpoint, if any, is in {folder}")  # fmt: skip
+        figures |= {"lr": lr, "norm": None if skipped else norm, "ms": 1000 * seconds}
+        log("train", step=step, loss=loss, **figures)
+        if step <= first_step + 1:  # the first step compiles
+            pace = seconds
+        pace = 0.9 * pace + 0.1 * seconds
         if step % config.log_every == 0:
-            say(line)
+            eta = pace * (config.max_steps - step - 1)
+            say(step_line(step, loss, lr, norm, seconds, eta, facts["flops_per_token"], config, machine))
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():  # not in main, where DDP holds the group: its threads must end before Python does
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()  # not in main(), where DDP still holds the group and its threads

@@ -1,26 +1,27 @@
 """
-RWKV-7 "Goose" (Peng et al., 2025, "RWKV-7 'Goose' with Expressive Dynamic State Evolution") at 124M parameters.
+RWKV-7 (Peng et al., 2025, "RWKV-7 'Goose' with Expressive Dynamic State
+Evolution") at 124M parameters.
 
-A recurrent network: instead of attending to all earlier tokens, each head keeps a D x D matrix, its state, which
-every token decays, corrects by a generalised delta rule and adds to. Memory and time per generated token are the
-same at any length, and block_size is only the length trained on. Training runs the same recurrence in chunks of
-matrix products. There are no positions; a token is mixed with the one before it in front of each projection.
-The MLP squares a ReLU and is 3.67C wide instead of 4C, the price of the budget; head and embedding are tied,
-which the authors' models don't do. 124,286,208 parameters with the vocabulary padded to 50,304.
+Against GPT-2: a recurrent network instead of attention. Each head keeps a D x D
+matrix, its state, which every token decays, corrects by a generalised delta
+rule and adds to, so that memory and time per token are the same at any length.
+Training runs the same recurrence in chunks of matrix products. There are no
+positions: a token is mixed with the one before it. The MLP squares a ReLU and is
+3.67 C wide instead of 4 C, the price of the budget. The head is tied to the
+embedding, which the authors' is not.
+124,286,208 parameters with the vocabulary padded to 50,304.
 
-    python train_rwkv.py --tiny                               # a few minutes on a laptop, no GPU, no network
-    python train_rwkv.py                                      # one GPU; the micro-batch is the largest that fits
-    torchrun --standalone --nproc_per_node=8 train_rwkv.py    # one node of eight: the same run, faster
-    python train_rwkv.py --resume                             # go on from the newest checkpoint
-    python train_rwkv.py --eval                               # score it; --sample "A prompt" continues a text
+    python train_rwkv.py --tiny               # a few minutes on a laptop
+    python train_rwkv.py                      # on one GPU
+    torchrun --standalone --nproc_per_node=8 train_rwkv.py    # on eight
+    python train_rwkv.py --resume             # continue from the last checkpoint
+    python train_rwkv.py --eval               # score it; --sample "Hello" continues a text
 """
 import argparse
 import dataclasses
 import json
 import math
 import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import fineweb
 import hellaswag
 from fineweb import fail, option, say
 
-# ==========================================================================================================
+# ==========================================================================
 # Config
 
 
@@ -41,69 +42,91 @@ from fineweb import fail, option, say
 class Config:
     # ---- this architecture's fields
     n_layer: int = option(12, "blocks")
-    n_head: int = option(12, "heads of the time mixing, of n_embd / n_head = 64 channels")
+    n_head: int = option(12, "heads of the time mixing")
     n_embd: int = option(768, "channels of the residual stream")
-    n_ffn: int = option(2816, "channels inside the MLP: 3.67 n_embd, what the parameter budget leaves")
-    rank_w: int = option(64, "rank of the low-rank matrices of the decay, by the authors' rule for 768 channels")
+    n_inner: int = option(2816, "channels inside the MLP: what the parameter budget leaves")
+    rank_w: int = option(64, "rank of the low-rank matrices of the decay, as the authors' at 768 channels")
     rank_a: int = option(64, "rank of the in-context learning rate's")
     rank_v: int = option(32, "rank of the value residual's")
     rank_g: int = option(128, "rank of the gate's")
-    # ---- the run: the same in every script (fields up to seed can't change on --resume)
-    vocab_size: int = option(50_304, "rows of the embedding: GPT-2's 50,257 tokens, padded to a multiple of 128")
+
+    # ---- the run: the same in every script
+    vocab_size: int = option(50_304, "GPT-2's 50,257 tokens, padded to a multiple of 128")
     block_size: int = option(1024, "tokens of context")
-    batch_tokens: int = option(2**19, "tokens an optimizer step on all GPUs together: 524,288")
+    batch_tokens: int = option(2**19, "effective batch: tokens of a step on all GPUs together")
     seed: int = option(1337, "of the initial weights, the order of the data and the samples", zero=True)
-    max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19, one epoch")
-    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens, as GPT-3", zero=True)
-    max_lr: float = option(6e-4, "learning rate after the warm-up, as GPT-3's of this size")
+
+    # AdamW (Loshchilov and Hutter, 2019) and a cosine schedule, both with the
+    # settings of GPT-3 (Brown et al., 2020, appendix B and table 2.1)
+    max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19")
+    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens", zero=True)
+    max_lr: float = option(6e-4, "learning rate after the warm-up")
     min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth", zero=True)
-    weight_decay: float = option(0.1, "AdamW's, for the parameters that the model lets decay", zero=True)
-    beta1: float = option(0.9, "AdamW's", zero=True)
-    beta2: float = option(0.95, "AdamW's: a shorter memory than 0.999, for batches of this size", zero=True)
-    adam_eps: float = option(1e-8, "AdamW's")
-    grad_clip: float = option(1.0, "largest norm of the whole gradient")
+    weight_decay: float = option(0.1, "AdamW: how fast matrices and embeddings decay", zero=True)
+    beta1: float = option(0.9, "AdamW: decay of the running mean of gradients", zero=True)
+    beta2: float = option(0.95, "AdamW: decay of the running mean of their squares", zero=True)
+    adam_eps: float = option(1e-8, "AdamW: keeps a division by a tiny gradient finite")
+    grad_clip: float = option(1.0, "a gradient with a larger norm is scaled down to this one")
+    recipe: str = option("paper", "of these, the paper's own, or the shared ones", ("paper", "shared"))
+
     data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
-    train_shards: int = option(100, "training shards to use, the first ones: 10B tokens, the same for everybody")
-    val_tokens: int = option(10_485_760, "first tokens of the validation shard, as in llm.c and modded-nanogpt")
-    hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set, downloaded if it is not there")
-    recipe: str = option("paper", "optimizer settings: the paper's, if it has its own, or shared", ("paper", "shared"))
+    train_shards: int = option(100, "training shards to use, of 100M tokens each")
+    val_tokens: int = option(10_485_760, "tokens of the validation shard to use, as in llm.c")
+    hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set; downloaded if missing")
     run_name: str = option("", "the run's folder is log/NAME (default: the architecture's name)")
     eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
-    log_every: int = option(1, "steps between lines on the screen; log.jsonl has them all")
-    prompt: str = option("Hello, I'm a language model,", "what samples continue")
+    log_every: int = option(1, "steps between lines on the screen; log.jsonl has every step")
+    prompt: str = option("Hello, I'm a language model,", "what the samples continue")
     sample_tokens: int = option(32, "tokens that a sample adds", zero=True)
-    micro_batch: int = option(0, "rows of block_size tokens at a time on a device; 0: the most that fit", zero=True)
+
+    micro_batch: int = option(0, "rows at a time on a device; 0: as many as fit", zero=True)
     device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "number format; float16 has a loss scaler", ("auto", "bfloat16", "float16", "float32"))
-    compile: str = option("auto", "torch.compile; auto: on CUDA, except under Windows", ("auto", "on", "off"))
+    dtype: str = option("auto", "of the matrix products", ("auto", "bfloat16", "float16", "float32"))
+    compile: str = option("auto", "torch.compile; auto: on CUDA, but not on Windows", ("auto", "on", "off"))
 
 
-# --tiny: other defaults for the run, so that a small model learns English spelling in two minutes on a laptop
-TINY_RUN = dict(data_dir="data/sample", vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000,
-                warmup_steps=50, max_lr=2e-3, min_lr=2e-4, val_tokens=65_536, eval_every=250, log_every=25,
-                prompt="Returns the ", sample_tokens=96)  # fmt: skip
-# dense 16-bit FLOP/s by the makers' data sheets: of known GPUs the model-FLOPs utilisation is printed
-PEAK_FLOPS = {"H200": 989e12, "H100 80GB": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12, "T4": 65e12}
+# --resume may change these. All else made the weights and the order of the data.
+MAY_CHANGE = (
+    "max_steps warmup_steps max_lr min_lr weight_decay beta1 beta2 adam_eps grad_clip recipe data_dir "
+    "train_shards val_tokens hellaswag run_name eval_every log_every prompt sample_tokens "
+    "micro_batch device dtype compile"
+).split()
+# --tiny: a run that learns English spelling in two minutes on a laptop
+TINY_RUN = dict(
+    vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000, warmup_steps=50,
+    max_lr=2e-3, min_lr=2e-4, data_dir="data/sample", val_tokens=65_536,
+    log_every=25, prompt="Returns the ", sample_tokens=96,
+)  # fmt: skip
+# FLOP/s of dense 16-bit matrix products, from the data sheets. Other devices
+# show no MFU (model-FLOPs utilisation).
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "Tesla T4": 65e12,
+    "Tesla V100-SXM2-16GB": 125e12, "Tesla V100-SXM2-32GB": 125e12,
+}  # fmt: skip
 
-# ---- this architecture's --tiny, and its recipe where its paper prescribes another than the common one
-TINY_MODEL = dict(n_layer=3, n_head=2, n_embd=128, n_ffn=640, rank_w=32, rank_a=32, rank_v=32, rank_g=64)
-# RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh: the authors' run of 12 layers of 768 channels, which
-# steps by 983,040 tokens, in rows of 4096. The third group of parameters is in Model.optimizer_groups.
+# ---- this architecture's --tiny, and its paper's recipe if it has one
+TINY_MODEL = dict(n_layer=3, n_head=2, n_embd=128, n_inner=640, rank_w=32, rank_a=32, rank_v=32, rank_g=64)
+# The authors' for 12 layers of 768 channels: RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh
 RECIPE = dict(max_lr=8e-4, min_lr=3e-5, warmup_steps=10, beta2=0.99, adam_eps=1e-18, weight_decay=0.1)
 
-# ==========================================================================================================
-# Model: this architecture's. B batch, T tokens, C channels, H heads, D channels of a head, N chunks of L tokens.
+# ==========================================================================
+# Model: this architecture's. B batch, T tokens, C channels, H heads, D channels of
+# a head, V vocabulary; N chunks of L tokens. Sections are the RWKV-7 paper's.
 
-CHUNK = 32  # tokens; on a CPU 16 takes a quarter longer and 64 an eighth, with twice the rounding error
+CHUNK = 32  # tokens: on a CPU 16 takes a quarter longer and 64 an eighth, with twice the rounding error
 
 
+# The same in GPT-2 and RWKV-7.
 class Norm(nn.Module):
-    """LayerNorm with bias (Ba et al., 2016, eq. 4): (B, T, C) -> (B, T, C)."""
+    """LayerNorm (Ba et al., 2016, eq. 4): (..., size) -> (..., size)."""
 
-    def __init__(self, config):
+    def __init__(self, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_embd))
-        self.bias = nn.Parameter(torch.empty(config.n_embd))
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
@@ -112,16 +135,23 @@ class Norm(nn.Module):
 class Solve(torch.autograd.Function):
     """x of (I - a) x = y: a (..., L, L) strictly lower triangular, y (..., L, M) -> (..., L, M).
 
-    The inverse grows from blocks of 2 to blocks of L, two neighbours P, R with Q below P becoming
-    [[P, 0], [R Q P, R]]. The product (I + a)(I + a^2)(I + a^4)..., shorter, would overflow on repeated tokens.
+    The inverse of I - a grows from blocks of 2 rows to blocks of L. Two neighbours P and R,
+    with Q below P, become [[P, 0], [R Q P, R]]. The product (I + a)(I + a^2)(I + a^4)...
+    is shorter, but overflows on repeated tokens.
     """
 
     @staticmethod
     def forward(ctx, a, y):
-        i, size = torch.arange(a.shape[-1], device=a.device), 2
-        inverse = torch.eye(len(i), dtype=a.dtype, device=a.device) + a * (i[:, None] // 2 == i // 2)
-        while size < len(i):
-            below = (i[:, None] // (2 * size) == i // (2 * size)) & (i[:, None] // size > i // size)
+        L = a.shape[-1]
+        row = torch.arange(L, device=a.device)
+        column = row[None]
+        row = row[:, None]
+        inverse = torch.eye(L, dtype=a.dtype, device=a.device)
+        inverse = inverse + a * (row // 2 == column // 2)
+        size = 2
+        while size < L:
+            in_pair = row // (2 * size) == column // (2 * size)
+            below = in_pair & (row // size > column // size)
             inverse = inverse + inverse @ (a * below) @ inverse
             size *= 2
         x = inverse @ y
@@ -136,59 +166,81 @@ class Solve(torch.autograd.Function):
 
 
 def recurrence(r, log_w, k, v, a, b, state):
-    """S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T and y_t = S_t^T r_t (Peng et al., 2025, section 4.1).
+    """The recurrence of section 4.1, in chunks; r, log_w, k, v, a, b (B, T, H, D), state (B, H, D, D).
 
-    All (B, T, H, D), with S_0 = state (B, H, D, D), the paper's matrix transposed: keys are rows, values columns.
-    Returns (y, S_T). In a chunk, u_t = a_t^T S_{t-1} obeys a triangular system, since S_{t-1} is S_0 decayed plus
-    the chunk's own b_s u_s and k_s v_s, decayed; so u = u_0 + W S_0, and S_0 -> S_L and y are linear in S_0 too.
-    Only that map is applied chunk after chunk, one matrix product each; all else is done for all chunks at once.
+        S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
+        y_t = S_t^T r_t
+
+    S is the paper's matrix transposed: keys are rows, values columns. Returns y (B, T, H, D) and S_T.
+    Token by token it is in tests/reference.py; here a chunk of L tokens is done by matrix products.
+    In a chunk, u_t = a_t^T S_{t-1} obeys a triangular system, as S_{t-1} is S_0 decayed plus the
+    chunk's b_s u_s and k_s v_s decayed. Its solution is linear in S_0: u = u_0 + W S_0. So y and the
+    chunk's last state are linear in S_0, too, and only that map is applied chunk after chunk.
     """
     B, T, H, D = r.shape
     L = min(CHUNK, T)
-    N = -(-T // L)
+    N = math.ceil(T / L)
 
-    def chunks(x):  # zeros to the right change no state: no decay, no key
+    def chunks(x):  # zeros after the last token change no state: no decay, no key
         x = F.pad(x, (0, 0, 0, 0, 0, N * L - T)).view(B, N, L, H, D)
         return x.permute(1, 0, 3, 2, 4).reshape(N, B * H, L, D)
 
-    r, log_w, k, v, a, b = chunks(r), chunks(log_w), chunks(k), chunks(v), chunks(a), chunks(b)  # (N, B*H, L, D)
+    log_w = chunks(log_w)
+    v = chunks(v)
     decay = log_w.cumsum(-2)  # from the chunk's start to after each token
-    middle, end = decay[:, :, L // 2, None].detach(), decay[:, :, -1:]  # any middle cancels; this one keeps exp small
-    reads = torch.cat((r * (decay - middle).exp(), a * (decay - log_w - middle).exp()), -2)  # (N, B*H, 2L, D)
-    growth = (middle - decay).exp()
-    writes = torch.cat((k * growth, b * growth), -2)
-    upto = torch.ones(L, L, dtype=torch.bool, device=r.device).tril()  # r reads after its own token, a before
-    maps = reads @ writes.mT * torch.cat((upto, upto.tril(-1))).repeat(1, 2)  # (N, B*H, 2L, 2L)
-    (r_k, r_b), (a_k, a_b) = (rows.split(L, -1) for rows in maps.split(L, -2))
-    r, a = (reads * middle.exp()).split(L, -2)  # read the state before the chunk
-    k, b = (writes * (end - middle).exp()).split(L, -2)  # are what is left at the end
-    u = Solve.apply(a_b, torch.cat((a_k @ v, a), -1))  # (N, B*H, L, 2D): u_0 and W
-    y, read = (torch.cat((r_k @ v, r), -1) + r_b @ u).split(D, -1)
-    write, keep = (b.mT @ u).split(D, -1)  # (N, B*H, D, D)
-    write, keep = write + k.mT @ v, keep + torch.diag_embed(end.squeeze(-2).exp())
-    state, states = state.reshape(B * H, D, D), []
-    for keep_n, write_n in zip(keep.unbind(), write.unbind()):  # indexing would make backward quadratic in N
+    end = decay[:, :, -1:]  # over the whole chunk
+    # What r and a read and k and b wrote is decayed in between: exp(decay of one - decay of the other).
+    # It is a product of two factors, both measured from the middle, which keeps them small.
+    middle = decay[:, :, L // 2, None].detach()
+    r = chunks(r) * (decay - middle).exp()  # r reads after its own token
+    a = chunks(a) * (decay - log_w - middle).exp()  # a reads before it
+    k = chunks(k) * (middle - decay).exp()
+    b = chunks(b) * (middle - decay).exp()
+    maps = torch.cat((r, a), -2) @ torch.cat((k, b), -2).mT  # (N, B H, 2 L, 2 L)
+    own = torch.ones(L, L, dtype=torch.bool, device=r.device).tril()
+    before = own.tril(-1)
+    r_k = maps[:, :, :L, :L] * own
+    r_b = maps[:, :, :L, L:] * own
+    a_k = maps[:, :, L:, :L] * before
+    a_b = maps[:, :, L:, L:] * before
+    r = r * middle.exp()  # to read the state before the chunk
+    a = a * middle.exp()
+    k = k * (end - middle).exp()  # what is left of the writes at the chunk's end
+    b = b * (end - middle).exp()
+
+    # With the state S before the chunk: u = u_0 + W S, y = y_0 + y_S S, and S becomes write + keep S.
+    # The left terms hold what the chunk adds itself.
+    u = Solve.apply(a_b, torch.cat((a_k @ v, a), -1))  # (N, B H, L, 2 D): u_0 and W
+    y_0, y_S = (torch.cat((r_k @ v, r), -1) + r_b @ u).split(D, -1)  # (N, B H, L, D)
+    write, keep = (b.mT @ u).split(D, -1)  # (N, B H, D, D)
+    write = write + k.mT @ v
+    keep = keep + torch.diag_embed(end.squeeze(-2).exp())
+    state = state.reshape(B * H, D, D)
+    states = []
+    for write_n, keep_n in zip(write.unbind(), keep.unbind()):  # indexing would make backward quadratic
         states.append(state)
         state = torch.baddbmm(write_n, keep_n, state)
-    y = (y + read @ torch.stack(states)).view(N, B, H, L, D).permute(1, 0, 3, 2, 4).reshape(B, N * L, H, D)
+    y = y_0 + y_S @ torch.stack(states)
+    y = y.view(N, B, H, L, D).permute(1, 0, 3, 2, 4).reshape(B, N * L, H, D)
     return y[:, :T], state.view(B, H, D, D)
 
 
 class Attention(nn.Module):
-    """Time mixing, in attention's place (Peng et al., 2025, section 4.1): (B, T, C) -> (B, T, C).
+    """Time mixing, in attention's place (section 4.1): (B, T, C) -> (B, T, C).
 
-    Names are the authors' (RWKV_Tmix_x070 in RWKV-LM): r receptance, w decay, k key, v value, a in-context
-    learning rate, g gate; x0 the bias, x1 and x2 the low-rank matrices of x.
+    With the authors' names (RWKV-LM, RWKV_Tmix_x070): r receptance, w decay, k key, v value,
+    a in-context learning rate, g gate; x0 is the bias of x, x1 and x2 its low-rank matrices.
     """
 
     def __init__(self, config, layer):
         super().__init__()
-        C, H = config.n_embd, config.n_head
+        C = config.n_embd
+        H = config.n_head
         self.mix = nn.Parameter(torch.empty(6, C))  # of r, w, k, v, a, g
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
-        self.output = nn.Linear(C, C, bias=False)
+        self.proj = nn.Linear(C, C, bias=False)
         self.w0 = nn.Parameter(torch.empty(C))
         self.w1 = nn.Parameter(torch.empty(C, config.rank_w))
         self.w2 = nn.Parameter(torch.empty(config.rank_w, C))
@@ -207,115 +259,128 @@ class Attention(nn.Module):
         self.head_norm = nn.GroupNorm(H, C, eps=64e-5)
 
     def forward(self, x, v_first, last, state):
-        """x, the first layer's values (None in it), the x before these, the matrix state -> y, values, state."""
+        """x, the first layer's values (None in it), the x before these, the state -> y, values, state."""
         shifted = torch.cat((last, x[:, :-1]), dim=1)
         mixed = x + (shifted - x) * self.mix[:, None, None]  # (6, B, T, C)
         xr, xw, xk, xv, xa, xg = mixed.unbind()
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        r = self.receptance(xr)
+        w = torch.tanh(xw @ self.w1) @ self.w2
+        k = self.key(xk)
+        v = self.value(xv)
+        a = xa @ self.a1 @ self.a2
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
         if v_first is None:
             v_first = v
         else:
             v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
-        w, a, g = torch.tanh(xw @ self.w1) @ self.w2, xa @ self.a1 @ self.a2, torch.sigmoid(xg @ self.g1) @ self.g2
+        # made again in the backward pass: its many intermediate results would fill the memory
         y, state = torch.utils.checkpoint.checkpoint(self.mix_time, r, w, k, v, a, state, use_reentrant=False)
-        return self.output(y * g), v_first, state
+        return self.proj(y * g), v_first, state
 
     def mix_time(self, r, w, k, v, a, state):
         """The projections (B, T, C) and the state before them -> y (B, T, C) and the state after them.
 
-        In fp32 at least, under autocast too: exponentials of sums over a chunk, and the inverse, need it. Its
-        products may be TF32 on CUDA, an error of 2e-3, that of bf16's rounding of what comes in.
-        Backward does it again instead of keeping its many intermediate results.
+        In fp32 under autocast, too: exponentials of sums over a chunk and the inverse need it.
+        TF32 on CUDA is enough, an error of 2e-3, as large as that of bf16 inputs.
         """
         B, T, C = r.shape
         with torch.autocast(r.device.type, enabled=False):
-            dtype = torch.promote_types(r.dtype, torch.float32)
-            r, w, k, v, a, state = r.to(dtype), w.to(dtype), k.to(dtype), v.to(dtype), a.to(dtype), state.to(dtype)
-            log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + w)  # w is between 0.545 and 1
-            a = torch.sigmoid(self.a0 + a)
+            dtype = self.w0.dtype
+            r = r.to(dtype)
+            k = k.to(dtype)
+            v = v.to(dtype)
+            state = state.to(dtype)
+            log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + w.to(dtype))  # w is between 0.545 and 1
+            a = torch.sigmoid(self.a0 + a.to(dtype))
             heads = (B, T, *self.r_k.shape)
-            kk = F.normalize((k * self.k_k).view(heads), dim=-1)  # (B, T, H, D): the key that is overwritten
-            k = (k * (1 + (a - 1) * self.k_a)).view(heads)  # and the one that is written
-            r, v = r.view(heads), v.view(heads)
-            y, state = recurrence(r, log_w.view(heads), k, v, -kk, kk * a.view(heads), state)
+            removed = F.normalize((k * self.k_k).view(heads), dim=-1)  # (B, T, H, D): the key to overwrite
+            k = (k * (1 + (a - 1) * self.k_a)).view(heads)  # the key to write
+            r = r.view(heads)
+            v = v.view(heads)
+            y, state = recurrence(r, log_w.view(heads), k, v, -removed, removed * a.view(heads), state)
             y = self.head_norm(y.reshape(B * T, C)).view(heads)
             y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v  # the token itself, past the state
-            return y.view(B, T, C), state  # (B, T, C)
+            return y.view(B, T, C), state
 
 
 class MLP(nn.Module):
-    """Channel mixing: two layers with ReLU squared (Peng et al., 2025, section 4.2): (B, T, C) -> (B, T, C)."""
+    """Channel mixing: two layers with ReLU squared (section 4.2): (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config):
+    def __init__(self, n_embd, n_inner):
         super().__init__()
-        self.mix = nn.Parameter(torch.empty(config.n_embd))
-        self.key = nn.Linear(config.n_embd, config.n_ffn, bias=False)
-        self.value = nn.Linear(config.n_ffn, config.n_embd, bias=False)
+        self.mix = nn.Parameter(torch.empty(n_embd))
+        self.up = nn.Linear(n_embd, n_inner, bias=False)
+        self.proj = nn.Linear(n_inner, n_embd, bias=False)
 
     def forward(self, x, last):
         shifted = torch.cat((last, x[:, :-1]), dim=1)
-        return self.value(F.relu(self.key(x + (shifted - x) * self.mix)).square())
+        x = x + (shifted - x) * self.mix
+        return self.proj(F.relu(self.up(x)).square())
 
 
 class Block(nn.Module):
-    """Pre-norm residual block (Peng et al., 2025, section 4): (B, T, C) -> (B, T, C).
+    """Residual block with norms first (section 4): (B, T, C) -> (B, T, C).
 
-    state is what the block keeps of the past: the attention's last input (B, 1, C), its matrices (B, H, D, D)
-    and the MLP's last input (B, 1, C).
+    state: what is kept of the past, the attention's last input (B, 1, C), its state
+    (B, H, D, D) and the MLP's last input (B, 1, C).
     """
 
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1 = Norm(config)
+        self.norm1 = Norm(config.n_embd)
         self.attention = Attention(config, layer)
-        self.norm2 = Norm(config)
-        self.mlp = MLP(config)
+        self.norm2 = Norm(config.n_embd)
+        self.mlp = MLP(config.n_embd, config.n_inner)
 
     def forward(self, x, v_first, state):
-        last1, matrices, last2 = state
+        last1, heads, last2 = state
         x1 = self.norm1(x)
-        y, v_first, matrices = self.attention(x1, v_first, last1, matrices)
+        y, v_first, heads = self.attention(x1, v_first, last1, heads)
         x = x + y
         x2 = self.norm2(x)
-        return x + self.mlp(x2, last2), v_first, (x1[:, -1:], matrices, x2[:, -1:])
+        x = x + self.mlp(x2, last2)
+        return x, v_first, (x1[:, -1:], heads, x2[:, -1:])
 
 
 class Model(nn.Module):
-    """The language model. What the loop asks of it: forward, decode, after_step, flops_per_token, optimizer_groups."""
+    """The language model: token ids in, logits or losses out."""
 
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
             fail(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.norm0 = Norm(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head
+        self.norm0 = Norm(config.n_embd)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.norm = Norm(config)
+        self.norm = Norm(config.n_embd)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """The formulas of RWKV-LM (RWKV_Tmix_x070, RWKV_CMix_x070 and generate_init_weight, train_temp/src/model.py).
+        """The formulas of RWKV-LM (train_temp/src/model.py: RWKV_Tmix_x070 and generate_init_weight).
 
-        They make channels differ from the start, in memory span (w0) and in how much of the token before they see
-        (mix), and make every block an identity.
+        Channels differ from the start in their memory span (w0) and in how much of the token
+        before they see (mix), and every block is an identity.
         """
         config = self.config
-        C, D, n = config.n_embd, config.n_embd // config.n_head, torch.arange(config.n_embd, dtype=torch.float64)
-        ramp = n / (C - 1)  # 0 to 1 over the channels
-        zigzag = (n % D) / (D - 1) * 2 - 1  # -1 to 1 over each head's
+        C = config.n_embd
+        D = config.n_embd // config.n_head
+        n = torch.arange(C, dtype=torch.float64)
+        ramp = n / (C - 1)  # from 0 to 1 over all channels
+        zigzag = (n % D) / (D - 1) * 2 - 1  # from -1 to 1 over the channels of each head
         zigzag = zigzag * zigzag.abs()
         for name, parameter in self.named_parameters():
             layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-            first, last = 1 - layer / config.n_layer, layer / max(1, config.n_layer - 1)  # 1 to near 0, 0 to 1
+            to_0 = 1 - layer / config.n_layer  # from 1 to almost 0 over the layers
+            to_1 = layer / max(1, config.n_layer - 1)  # from 0 to 1
             if name.endswith("attention.mix"):
-                powers = first * torch.tensor([[0.2], [0.9], [0.7], [0.7], [0.9], [0.2]], dtype=torch.float64)
-                parameter.copy_(1 - (n / C) ** powers)
+                powers = torch.tensor([[0.2], [0.9], [0.7], [0.7], [0.9], [0.2]], dtype=torch.float64)
+                parameter.copy_(1 - (n / C) ** (powers * to_0))
             elif name.endswith("mlp.mix"):
-                parameter.copy_(1 - (n / C) ** first**4)
+                parameter.copy_(1 - (n / C) ** to_0**4)
             elif name.endswith("w0"):
-                parameter.copy_(6 * ramp ** (1 + last**0.3) - 5.5 + 2.5 * zigzag)
+                parameter.copy_(6 * ramp ** (1 + to_1**0.3) - 5.5 + 2.5 * zigzag)
             elif name.endswith("a0"):
                 parameter.copy_(0.4 * ramp - 0.39 + 0.3 * zigzag)
             elif name.endswith("v0"):
@@ -328,38 +393,41 @@ class Model(nn.Module):
                 parameter.fill_(-0.04)
             elif name.endswith(("w2", "a2", "v2", "g2")):
                 nn.init.orthogonal_(parameter, 0.1 * max(1, len(parameter) / C) ** 0.5)
-            elif name.endswith(("receptance.weight", "attention.value.weight", "mlp.key.weight")):
+            elif name.endswith(("receptance.weight", "value.weight", "up.weight")):
                 nn.init.orthogonal_(parameter)
-            elif name.endswith("attention.key.weight"):
+            elif name.endswith("key.weight"):
                 nn.init.orthogonal_(parameter, 0.1)
-            elif name.endswith(("w1", "a1", "v1", "g1", "output.weight", "mlp.value.weight", "bias")):
+            elif name.endswith(("w1", "a1", "v1", "g1", "proj.weight", "bias")):
                 parameter.zero_()
             elif name.endswith("head_norm.weight"):
                 parameter.fill_(((1 + layer) / config.n_layer) ** 0.7)
-            elif name.endswith(("norm.weight", "norm0.weight", "norm1.weight", "norm2.weight")):
+            elif "norm" in name:
                 parameter.fill_(1.0)
-            elif name == "wte.weight":  # the head's: with the embedding's, U(+-1e-4), the tied matrix learns later
+            elif name == "wte.weight":  # as the head: as the embedding, U(+-1e-4), it learns more slowly
                 nn.init.orthogonal_(parameter, 0.5 * max(1, len(parameter) / C) ** 0.5)
             else:
                 raise NotImplementedError(f"no initialisation for {name}")
 
     def trunk(self, idx, state=None):
-        """idx (B, T), each block's state before it or None -> ((B, T, C) for the head, each block's state after)."""
-        x, v_first, after = self.norm0(self.wte(idx)), None, []  # (B, T, C)
+        """idx (B, T), the blocks' states before it or None -> (input (B, T, C) of the head, states after)."""
+        x = self.norm0(self.wte(idx))  # (B, T, C)
         if state is None:
-            row, H, D = torch.zeros_like(x[:, :1]), self.config.n_head, x.shape[-1] // self.config.n_head
-            state = [(row, row.new_zeros(len(x), H, D, D), row)] * len(self.blocks)
+            H = self.config.n_head
+            D = self.config.n_embd // H
+            last = torch.zeros_like(x[:, :1])
+            state = [(last, last.new_zeros(len(x), H, D, D), last)] * len(self.blocks)
+        v_first = None
+        after = []
         for block, before in zip(self.blocks, state):
-            x, v_first, new = block(x, v_first, before)
-            after.append(new)
+            x, v_first, block_state = block(x, v_first, before)
+            after.append(block_state)
         return self.norm(x), after
 
     def forward(self, idx, targets=None, reduction="mean"):
-        """Next-token logits or losses of idx, (B, T) token ids.
+        """Token ids idx (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, loss).
 
-        Without targets: ((B, T, V) logits, None). With (B, T) targets: (None, loss), the cross-entropy in nats,
-        its mean, or with reduction="none" each token's, (B, T), and 0 where the target is negative. The mean's
-        gradient may hold auxiliary terms; its value never does.
+        The loss is the cross-entropy in nats: its mean, or with reduction "none" each
+        token's, (B, T), and 0 where the target is negative. The mean's gradient has L2Wrap's, too.
         """
         x, _ = self.trunk(idx)
         if targets is None:
@@ -367,33 +435,42 @@ class Model(nn.Module):
         return None, head_loss(x, self.wte.weight, targets, reduction)
 
     def decode(self, idx, state=None):
-        """((B, V) logits of the token after idx, state for the next call): state is what a model keeps of the past."""
+        """Logits (B, V) of the token after idx (B, T), and a state: with it the next call reads one token."""
         x, state = self.trunk(idx if state is None else idx[:, -1:], state)
         return F.linear(x[:, -1], self.wte.weight), state
 
     def after_step(self):
-        """Called once after each optimizer step, on every rank; returns figures to log, {name: number}."""
+        """Called after each optimizer step. Returns figures for the log."""
         return {}
 
-    def flops_per_token(self):
-        """Floating-point operations of a forward pass per token: matrix products, and the recurrence in chunks."""
-        config = self.config
-        C, D, L = config.n_embd, config.n_embd // config.n_head, CHUNK
-        ranks = config.n_layer * (config.rank_w + config.rank_a + config.rank_v + config.rank_g) - config.rank_v
-        matrices = config.n_layer * (4 * C**2 + 2 * C * config.n_ffn) + 2 * C * ranks + config.vocab_size * C
-        # products of L x L maps, half of them masked; the inverse; products with D x D states; the states' own
-        head = 10 * L * D / 2 + L**2 / 3 + 4 * D**2 + D**3 / L
-        return 2 * matrices + 2 * config.n_layer * config.n_head * head
+    def active_parameters(self):
+        """Parameters that one token uses."""
+        return sum(p.numel() for p in self.parameters())
 
-    # ------------------------------------------------------------------------------------------------------
+    def flops_per_token(self):
+        """FLOPs of a forward pass per token: matrix products, and the recurrence in chunks."""
+        config = self.config
+        D = config.n_embd // config.n_head
+        L = CHUNK
+        weights = self.wte.weight.numel()  # as the head; looking up an embedding costs nothing
+        weights += sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        low_rank = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
+        weights += sum(p.numel() for name, p in self.named_parameters() if name.endswith(low_rank))
+        # of a head: products of L x L maps, half of them masked; the inverse; with the state; of states
+        head = 10 * L * D / 2 + L**2 / 3 + 4 * D**2 + D**3 / L
+        return 2 * weights + 2 * config.n_layer * config.n_head * head
+
+    # ----------------------------------------------------------------------
     # Optimizer groups
 
     def optimizer_groups(self):
-        """[{params, weight_decay, lr_scale}]: matrices decay, but for the low-rank ones; the decay w0 learns faster.
+        """Matrices decay, but for the low-rank ones; the decay w0 has twice the learning rate.
 
-        As configure_optimizers in RWKV-LM: "the performance will be much worse" with more that decays.
+        As configure_optimizers in RWKV-LM: with more that decays "the performance will be much worse".
         """
-        decayed, fast, rest = [], [], []
+        decayed = []
+        fast = []
+        rest = []
         for name, parameter in self.named_parameters():
             if name.endswith("w0"):
                 fast.append(parameter)
@@ -402,351 +479,528 @@ class Model(nn.Module):
             else:
                 rest.append(parameter)
         return [
-            {"params": decayed, "weight_decay": self.config.weight_decay, "lr_scale": 1.0},
+            {"params": decayed, "weight_decay": self.config.weight_decay},
             {"params": fast, "weight_decay": 0.0, "lr_scale": 2.0},
-            {"params": rest, "weight_decay": 0.0, "lr_scale": 1.0},
+            {"params": rest, "weight_decay": 0.0},
         ]
 
 
-# ==========================================================================================================
+# ==========================================================================
 # Loss: this architecture's, with L2Wrap
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits x @ weight.T, of which only a sixteenth, or 512 rows, exist at a time.
+    """Mean cross-entropy of logits = x @ weight.T: x (N, C), weight (V, C), targets (N,) -> scalar.
 
-    x (N, C), weight (V, C), targets (N,) -> scalar. The gradient of the logits, softmax minus one-hot, is
-    formed and used up while a chunk's logits are there, so that backward only scales what forward left.
-    L2Wrap (of RWKV-LM's training code) adds to it 1e-4 times each row's largest logit, at that logit, so that
-    logits don't drift upwards. That is the gradient of 1e-4 / 2 times its square; the loss returned lacks it.
+        loss = mean(logsumexp(logits) - logits[target])
+        d loss / d logits = (softmax(logits) - one_hot(target) + 1e-4 max(logits) one_hot(argmax)) / N
+
+    All logits at once, (N, V), would be the largest tensor of the run by far. So they
+    are made for some rows at a time, and while softmax(logits) is at hand, the gradients
+    of x and weight are made too. The obvious version is in tests/reference.py.
+
+    The gradient's last term is L2Wrap (RWKV-LM, train_temp/src/model.py), that of a penalty
+    1e-4 / 2 max(logits)^2, which keeps logits from drifting upwards. The loss returned lacks it.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, with_grad):
-        device, n = x.device.type, len(x)
+    def forward(ctx, x, weight, targets, needs_grad):
+        device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, w, size, total = x.to(dtype), weight.to(dtype), min(n, max(512, -(-n // 16))), 0.0
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
-        room = x.new_empty(size, len(w))  # for all chunks: a CPU pays for the first touch of new memory
-        for at in range(0, n, size):
-            chunk, target = x[at : at + size], targets[at : at + size, None]
-            logits = torch.mm(chunk, w.T, out=room[: len(chunk)]).to(torch.promote_types(dtype, torch.float32))
-            (top, best), wanted = logits.max(-1, keepdim=True), logits.gather(-1, target)
-            sums = logits.sub_(top).exp_().sum(-1, keepdim=True)  # in place: logsumexp would copy the logits
-            losses, l2wrap = sums.log() + top - wanted, 1e-4 * top
-            total = total + losses.sum()
-            if with_grad:  # softmax, which is 1 / sums at the largest, and at the target softmax - 1 = expm1(-loss)
-                dlogits = logits.div_(sums).to(dtype).scatter_(-1, best, (1 / sums + l2wrap).to(dtype))
-                dlogits.scatter_(-1, target, (torch.expm1(-losses) + l2wrap * (best == target)).to(dtype))
-                dx[at : at + size] = dlogits @ w
-                if dtype == dw.dtype:
-                    dw.addmm_(dlogits.T, chunk)
+        x = x.to(dtype)
+        w = weight.to(dtype)
+        dx = torch.empty_like(x) if needs_grad else None
+        dweight = torch.zeros_like(weight) if needs_grad else None
+        N = len(x)
+        rows = min(N, max(512, math.ceil(N / 16)))
+        buffer = x.new_empty(rows, len(w))  # reused: new memory for each chunk's logits is slow on a CPU
+        loss = 0.0
+        for start in range(0, N, rows):
+            chunk = x[start : start + rows]
+            target = targets[start : start + rows, None]
+            logits = torch.mm(chunk, w.T, out=buffer[: len(chunk)])  # (rows, V)
+            logits = logits.to(torch.promote_types(dtype, torch.float32))  # exp and sum need fp32
+            largest, best = logits.max(-1, keepdim=True)
+            wanted = logits.gather(-1, target)
+            exps = logits.sub_(largest).exp_()
+            sums = exps.sum(-1, keepdim=True)
+            loss = loss + (sums.log() + largest - wanted).sum()
+            if needs_grad:
+                dlogits = exps.div_(sums)  # softmax(logits)
+                dlogits.scatter_(-1, target, dlogits.gather(-1, target) - 1)  # - one_hot(target)
+                dlogits.scatter_add_(-1, best, 1e-4 * largest)  # L2Wrap
+                dlogits = dlogits.to(dtype)
+                dx[start : start + rows] = dlogits @ w
+                if dtype == dweight.dtype:
+                    dweight.addmm_(dlogits.T, chunk)
                 else:
-                    dw += dlogits.T @ chunk
-        ctx.save_for_backward(dx, dw)
-        return total / n
+                    dweight += dlogits.T @ chunk
+        ctx.save_for_backward(dx, dweight)
+        return loss / N
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        scale = grad / len(dx)  # here, not in forward: fp16 would lose the small ones
-        return (dx * scale).to(dx.dtype), dw.mul_(scale), None, None
+        dx, dweight = ctx.saved_tensors
+        scale = grad / len(dx)  # divided here, not in forward: fp16 would round the small ones to zero
+        return (dx * scale).to(dx.dtype), dweight.mul_(scale), None, None
 
 
 def head_loss(x, weight, targets, reduction):
-    """Cross-entropy in nats of logits x @ weight.T; x (B, T, C), weight (V, C), targets (B, T).
+    """Cross-entropy in nats of the logits x @ weight.T: x (B, T, C), weight (V, C), targets (B, T).
 
-    "mean": a scalar. "none": (B, T), without gradient, computed only where the target is not negative, else 0.
+    reduction "mean": a scalar. "none": (B, T), without a gradient, and 0 where a target is negative.
     """
-    x, flat = x.flatten(0, 1), targets.flatten()
+    x = x.flatten(0, 1)
+    flat = targets.flatten()
     if reduction == "mean":
         return HeadLoss.apply(x, weight, flat, torch.is_grad_enabled())
     losses = torch.zeros(flat.shape, device=x.device)
-    for rows in (flat >= 0).nonzero().flatten().split(2048):
-        losses[rows] = F.cross_entropy(F.linear(x[rows], weight).float(), flat[rows], reduction="none")
+    scored = (flat >= 0).nonzero().flatten()
+    for rows in scored.split(2048):
+        logits = F.linear(x[rows], weight).float()
+        losses[rows] = F.cross_entropy(logits, flat[rows], reduction="none")
     return losses.view(targets.shape)
 
 
-# ==========================================================================================================
+# ==========================================================================
 # Set-up: the same in every script
 
 
+def parse_command_line():
+    """(Config, the options given as a dict, what else was asked for) of the command line.
+
+    The later one wins: Config's default, the paper's recipe, --tiny, an option.
+    """
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--tiny", action="store_true", help="a small model on a small dataset made offline")
+    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    parser.add_argument("--eval", action="store_true", help="score the run's last checkpoint")
+    parser.add_argument("--sample", metavar="PROMPT", help="continue a text with the run's last checkpoint")
+    given, asked = fineweb.parse_options(parser, Config, RECIPE, TINY_MODEL | TINY_RUN)
+    values = {}
+    if given.get("recipe", "paper") == "paper":
+        values |= RECIPE
+    if asked.tiny:
+        values |= TINY_MODEL | TINY_RUN
+    return Config(**(values | given)), given, asked
+
+
 def check_config(config, world):
-    """Raises SystemExit with a line that says which values can't be, or can't go together."""
-    for field in dataclasses.fields(config):
-        name, value, zero = field.name, getattr(config, field.name), field.metadata["zero"]
-        if not isinstance(value, str) and not (0 < value < math.inf or zero and value == 0):
-            fail(f"--{name} {value}: must be {'at least' if zero else 'more than'} 0")
-    if config.batch_tokens % (world * max(1, config.micro_batch) * config.block_size):
-        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x micro-batches of "
-             f"{max(1, config.micro_batch)} row(s) x --block_size {config.block_size}: choose numbers that divide it")
+    """Raises SystemExit for a value that can't be, or for values that don't fit together."""
+    fineweb.check_options(config)
+    rows = max(1, config.micro_batch)
+    if config.batch_tokens % (world * rows * config.block_size):
+        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x "
+             f"micro-batches of {rows} row(s) x --block_size {config.block_size}: "
+             "choose numbers that divide it")  # fmt: skip
+
+
+@dataclasses.dataclass
+class Machine:
+    """Where this process runs."""
+
+    rank: int  # this process's number among all
+    world: int  # how many processes there are
+    device: torch.device
+    name: str  # of the device
+    dtype: torch.dtype  # of the matrix products
+    why: str  # this dtype was chosen
+
+    @property
+    def autocast(self):
+        """A context in which matrix products have the dtype, and all that needs fp32 stays in it."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def start(config, world):
-    """Joins the other processes, if any; returns (device, its name, dtype, why that dtype)."""
-    devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": world}
-    kind = next(k for k in devices if devices[k]) if config.device == "auto" else config.device
-    if devices[kind] < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        fail(f"torch {torch.__version__} finds {devices[kind]} {kind} device(s) here: start fewer processes or change --device")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    """Finds the device, joins the other processes if there are any, and returns the Machine."""
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    found["cpu"] = world
+    kind = config.device
+    if kind == "auto":
+        kind = next(kind for kind in found if found[kind])
+    if found[kind] < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        fail(f"torch {torch.__version__} finds {found[kind]} {kind} device(s) here: "
+             "start fewer processes or change --device")  # fmt: skip
+    name = kind
+    device = torch.device(kind)
     if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        name = torch.cuda.get_device_name(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-    if config.dtype != "auto":
-        dtype, why = config.dtype, "as asked for"
-    elif kind != "cuda":
-        dtype, why = "float32", f"the safe choice on {kind}"
-    elif torch.cuda.is_bf16_supported(including_emulation=False):
-        dtype, why = "bfloat16", "the GPU has it"
-    else:
-        dtype, why = "float16", "the GPU has no bfloat16; with a loss scaler"
-    if world > 1:  # first the import of _dynamo: what it imports would hold the group, and its threads, to the very end
-        torch._dynamo.config.optimize_ddp = False  # True cuts the graph into buckets; gradients are sent once a step only
+    dtype, why = choose_dtype(config, kind)
+    if world > 1:
+        # DDP must not cut the graph into buckets, since gradients are sent once a step only.
+        # Naming _dynamo imports it, and that must come first, or it holds the group for ever.
+        torch._dynamo.config.optimize_ddp = False
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, torch.cuda.get_device_name(device) if kind == "cuda" else kind, getattr(torch, dtype), why
+    rank = int(os.environ.get("RANK", 0))
+    return Machine(rank, world, device, name, dtype, why)
 
 
-def over_ranks(values, device, op=dist.ReduceOp.SUM):
-    """A list of numbers summed over the processes, or reduced by another op."""
-    if not dist.is_initialized():
+def choose_dtype(config, kind):
+    """(torch dtype of the matrix products, why) on a kind of device."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), "as asked for"
+    if kind != "cuda":
+        return torch.float32, f"the safe choice on {kind}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has it"
+    return torch.float16, "the GPU has no bfloat16; with a loss scaler"
+
+
+def over_ranks(values, machine, op=dist.ReduceOp.SUM):
+    """A list of numbers, summed over all processes, or reduced by another op."""
+    if machine.world == 1:
         return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
+    values = torch.tensor(values, dtype=torch.float64, device=machine.device)
     dist.all_reduce(values, op)
     return values.tolist()
 
 
-def find_micro_batch(config, rows, device, autocast):
-    """The largest divisor of rows that trains within the memory, the same on every process."""
-    most = 4096 if device.type == "cpu" else 65_536  # tokens; no device gets faster from more
-    for n in [n for n in range(rows, 0, -1) if rows % n == 0 and (n == 1 or n * config.block_size <= most)]:
-        if config.micro_batch or device.type == "cpu":  # a CPU out of memory can't be caught
-            return config.micro_batch or n
-        try:
-            trial, error = Model(config).to(device), None
-            optimizer = torch.optim.AdamW(trial.parameters(), fused=device.type != "mps")
-            for _ in range(2):  # the second time beside gradients and AdamW's moments, as in the run
-                with autocast:
-                    _, loss = trial(*torch.zeros(2, n, config.block_size, dtype=torch.int64, device=device))
-                loss.backward()
-                optimizer.step()
-        except RuntimeError as caught:  # out of memory has many names: the last is shown if nothing fits
-            error = str(caught).splitlines()[0]
-        trial = loss = optimizer = None  # before the next trial
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        if over_ranks([float(error is None)], device, dist.ReduceOp.MIN)[0]:
+def find_micro_batch(config, rows, machine):
+    """The largest divisor of rows that fits into the device's memory, the same on every process."""
+    if config.micro_batch:
+        return config.micro_batch
+    on_cpu = machine.device.type == "cpu"
+    most = (4096 if on_cpu else 65_536) // config.block_size  # no device gets faster with more
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0 and n <= max(1, most)]
+    if on_cpu:  # the system kills a process that runs out of memory, so there is nothing to try
+        return sizes[0]
+    for n in sizes:
+        error = try_micro_batch(config, n, machine)
+        fits = over_ranks([float(error is None)], machine, dist.ReduceOp.MIN)[0]
+        if fits:
             return n
-    fail(f"not even one row of {config.block_size} tokens fits: use a smaller --block_size or model. {error or ''}")
+    fail(f"not even one row of {config.block_size} tokens fits: "
+         f"use a smaller --block_size or model. {error}")  # fmt: skip
+
+
+def try_micro_batch(config, n, machine):
+    """Takes two training steps with n rows. Returns None, or the words of a device out of memory."""
+    error = None
+    try:
+        model = Model(config).to(machine.device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=machine.device.type != "mps")
+        idx = torch.zeros(n, config.block_size, dtype=torch.int64, device=machine.device)
+        for _ in range(2):  # only the second has gradients and AdamW's moments beside it
+            with machine.autocast:
+                _, loss = model(idx, idx)
+            loss.backward()
+            optimizer.step()
+    except RuntimeError as caught:
+        error = str(caught).splitlines()[0]
+        if not ("out of memory" in error or "ALLOC_FAILED" in error):  # cuBLAS says the latter
+            raise
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(machine.device)  # the run shows its own peak
+    return error
+
+
+# ==========================================================================
+# Checkpoints: the same in every script
+
+CHECKPOINT_FORMAT = 2
+
+
+def checkpoint_paths(folder):
+    """The run's checkpoints, oldest first."""
+    paths = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem[5:]))
+
+
+def save_checkpoint(folder, step, config, data, model, optimizer, scaler):
+    """Writes folder/step_N.pt with all that --resume needs, whole or not at all; keeps the last two."""
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT, "script": Path(__file__).stem,
+        "step": step,  # also the position in the data: a batch is a function of seed and step
+        "config": dataclasses.asdict(config), "data": data,
+        "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
+        "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+    }  # fmt: skip
+    path = folder / f"step_{step:06d}.pt"
+    fineweb.write_atomic(path, lambda file: torch.save(checkpoint, file))
+    for old in checkpoint_paths(folder)[:-2]:
+        old.unlink()
+    say(f"step {step:05d} | saved {path}")
 
 
 def load_checkpoint(folder):
-    """The newest checkpoint that can be read, or None; says which can't."""
-    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+    """The newest checkpoint that can be read, or None. A damaged one is skipped with a line."""
+    for path in reversed(checkpoint_paths(folder)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken file raises anything
+        except Exception as error:  # a damaged file can raise anything
             say(f"{path} is damaged ({type(error).__name__}): using the one before it")
+    return None
+
+
+def open_run(folder, asked):
+    """The checkpoint to continue from, or None for a new run.
+
+    Raises SystemExit if one is needed and there is none, or if a new run would overwrite an old one.
+    """
+    needed = asked.resume or asked.eval or asked.sample is not None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
+    checkpoint = load_checkpoint(folder) if needed or restarted else None
+    if needed and checkpoint is None:
+        fail(f"{folder} holds no checkpoint: train it first, or name another run by --run_name")
+    if folder.exists() and not needed and not restarted:
+        fail(f"{folder} already holds a run: continue it by --resume, or choose another name by --run_name")
+    return checkpoint
 
 
 def resumed_config(checkpoint, given):
-    """The checkpoint's Config with the options given now. Raises SystemExit for one that can't change any more."""
-    old, names = checkpoint["config"], [field.name for field in dataclasses.fields(Config)]
-    if checkpoint["script"] != Path(__file__).stem or sorted(old) != sorted(names):
-        fail(f"the checkpoint is of {checkpoint['script']}.py, or of another version of it: use that one")
-    for name in names[: names.index("seed") + 1]:
-        if given.get(name, old[name]) != old[name]:
-            fail(f"--{name} {given[name]}: the checkpoint has {old[name]}; leave it out, or start another run")
-    return Config(**{**old, **given})
+    """The checkpoint's Config with the options given now. Raises SystemExit for one that must stay."""
+    old = checkpoint["config"]
+    names = {field.name for field in dataclasses.fields(Config)}
+    if checkpoint["script"] != Path(__file__).stem:
+        fail(f"the checkpoint is of {checkpoint['script']}.py: use that script")
+    if checkpoint["format"] != CHECKPOINT_FORMAT or old.keys() != names:
+        fail("the checkpoint is of another version of this script: its copy in the run's folder reads it")
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != old[name]:
+            fail(f"--{name} {value}: the checkpoint has {old[name]}; leave it out, or start another run")
+    return Config(**(old | given))
 
 
-# ==========================================================================================================
+# ==========================================================================
 # Training: the same in every script
 
 
 def get_lr(config, step):
-    """Linear warm-up to max_lr, then a cosine to min_lr at max_steps (Brown et al., 2020, appendix B)."""
+    """Linear warm-up to max_lr, then a cosine down to min_lr (Brown et al., 2020, appendix B)."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
-    return config.min_lr + 0.5 * (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
+    return config.min_lr + (config.max_lr - config.min_lr) * cosine
 
 
 @torch.no_grad()
-def validate(model, windows, micro_batch, rank, world, device, autocast):
-    """Mean next-token loss over the windows, in nats, the same on every process."""
-    mine, total = range(rank, len(windows), world), 0.0
-    for at in range(0, len(mine), micro_batch):
-        rows = torch.from_numpy(windows.rows(mine[at : at + micro_batch])).to(device)
-        with autocast:
-            total += model(rows[:, :-1], rows[:, 1:])[1].item() * len(rows)
-    return over_ranks([total], device)[0] / len(windows)
+def validate(model, windows, micro_batch, machine):
+    """Mean next-token loss over the windows in nats, the same on every process."""
+    mine = range(machine.rank, len(windows), machine.world)
+    starts = range(0, len(mine), micro_batch)
+    total = 0.0
+    for start in fineweb.with_estimate(starts, "validation", "--val_tokens makes it shorter"):
+        rows = windows.rows(mine[start : start + micro_batch])
+        rows = torch.from_numpy(rows).to(machine.device)
+        with machine.autocast:
+            _, loss = model(rows[:, :-1], rows[:, 1:])
+        total += loss.item() * len(rows)
+    return over_ranks([total], machine)[0] / len(windows)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompt, n_samples, config, device, autocast):
-    """n_samples texts that continue the prompt by sample_tokens tokens, each drawn from the 50 likeliest."""
-    idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]] * n_samples, device=device)
-    generator, state = torch.Generator(device).manual_seed(config.seed), None
+def generate(model, tokenizer, prompt, n_samples, config, machine):
+    """n_samples texts that continue the prompt, each token drawn from the 50 likeliest."""
+    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    idx = torch.tensor([tokens] * n_samples, device=machine.device)
+    generator = torch.Generator(machine.device).manual_seed(config.seed)
+    state = None
     for _ in range(config.sample_tokens):
-        with autocast:
+        with machine.autocast:
             logits, state = model.decode(idx, state)
-        top = logits[:, : tokenizer.n_vocab].float().topk(50)  # the ids beyond n_vocab are padding
+        logits = logits[:, : tokenizer.n_vocab].float()  # ids beyond n_vocab are padding
+        top = logits.topk(50)
         choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
         idx = torch.cat((idx, top.indices.gather(-1, choice)), dim=1)
     return [tokenizer.decode(row) for row in idx.tolist()]
 
 
+def step_line(step, loss, lr, norm, seconds, eta, flops_per_token, config, machine):
+    """A training step in words, for the screen."""
+    rate = config.batch_tokens / seconds
+    line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
+    line += f" | {1000 * seconds:.0f} ms | {rate:,.0f} tok/s | eta {eta / 60:.0f} min"
+    if machine.device.type == "cuda":
+        line += f" | {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB"
+    peak = PEAK_FLOPS.get(machine.name)
+    if peak and machine.dtype != torch.float32:
+        flops = 3 * flops_per_token * rate  # a backward pass is two forward passes' work
+        line += f" | MFU {flops / (peak * machine.world):.1%}"
+    return line
+
+
 def main():
-    # ---- what to do, and with what
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small model, small offline data: other defaults for all")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-    parser.add_argument("--eval", action="store_true", help="score the run's newest checkpoint")
-    parser.add_argument("--sample", metavar="PROMPT", help="continue a text with the run's newest checkpoint")
-    given, todo = fineweb.parse_options(parser, Config)
-    recipe = RECIPE if given.get("recipe", "paper") == "paper" else {}
-    config = Config(**{**recipe, **(TINY_MODEL | TINY_RUN if todo.tiny else {}), **given})
-    script = Path(__file__).stem
-    folder = Path("log") / (config.run_name or script.removeprefix("train_") + ("-tiny" if todo.tiny else ""))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun starts a crashed run anew
-    wanted = todo.resume or todo.eval or todo.sample is not None
-    checkpoint = load_checkpoint(folder) if wanted or restarted else None
+    # ---- what to do
+    config, given, asked = parse_command_line()
+    script = Path(__file__)
+    default_name = script.stem.removeprefix("train_") + ("-tiny" if asked.tiny else "")
+    folder = Path("log") / (config.run_name or default_name)
+    checkpoint = open_run(folder, asked)
     if checkpoint:
         config = resumed_config(checkpoint, given)
-    elif wanted:
-        fail(f"{folder} holds no checkpoint: train it first, or name another run by --run_name")
-    elif folder.exists() and not restarted:
-        fail(f"{folder} already holds a run: go on with it by --resume, or choose another by --run_name")
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
     check_config(config, world)
     first_step = checkpoint["step"] if checkpoint else 0
-    last_step = first_step if todo.eval else config.max_steps
-    if todo.resume and first_step >= last_step:
-        fail(f"{folder} is finished at step {first_step}: score it by --eval, or train on with a larger --max_steps")
-    device, device_name, dtype, why = start(config, world)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    last_step = first_step if asked.eval else config.max_steps
+    if asked.resume and first_step >= last_step:
+        fail(f"{folder} is finished at step {first_step}: "
+             "score it by --eval, or train on with a larger --max_steps")  # fmt: skip
+    machine = start(config, world)
+    device = machine.device
 
-    # ---- the model, made on the CPU: the same weights on every device and process
+    # ---- the model, made on the CPU: the same weights on every device
     torch.manual_seed(config.seed)
     model = Model(config)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     model.to(device)
-    if todo.sample is not None:
+    if asked.sample is not None:
         tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
-        return say("\n".join(generate(model.eval(), tokenizer, todo.sample, 4, config, device, autocast)))
+        for text in generate(model.eval(), tokenizer, asked.sample, 4, config, machine):
+            say(text)
+        return
+
+    # ---- the batch, shared out evenly: each process takes its rows in micro-batches
     batch_rows = config.batch_tokens // config.block_size
-    micro_batch = find_micro_batch(config, batch_rows // world, device, autocast)
+    micro_batch = find_micro_batch(config, batch_rows // world, machine)
     micro_steps = batch_rows // world // micro_batch
+
+    # ---- the optimizer
     groups = model.optimizer_groups()
-    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=device.type != "mps")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
     if checkpoint:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})  # settings as of now
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if it was off
+        settings = optimizer.state_dict()  # of now; only the moments are the checkpoint's
+        optimizer.load_state_dict(settings | {"state": checkpoint["optimizer"]})
+        if checkpoint["scaler"]:  # it is empty where no scaler was used
+            scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
-    compiles = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and os.name == "posix"
-    net = compiled = torch.compile(model, dynamic=False) if compiles else model
+
+    # ---- the same weights under three names: model for checkpoints, samples and HellaSwag, whose
+    # many shapes would each be compiled anew; compiled for speed; net to train, on all processes
+    compiled = model
+    on_linux_gpu = device.type == "cuda" and os.name == "posix"
+    if config.compile == "on" or (config.compile == "auto" and on_linux_gpu):
+        compiled = torch.compile(model, dynamic=False)
+    net = compiled
     if world > 1:
         net = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-        net.broadcast_buffers = False  # they are each process's own; as an argument it is deprecated from torch 2.13 on
+        net.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
 
     # ---- the data
-    if todo.tiny and config.data_dir == TINY_RUN["data_dir"] and rank == 0:
+    if asked.tiny and config.data_dir == TINY_RUN["data_dir"] and machine.rank == 0:
         fineweb.write_sample(config.data_dir)
-    over_ranks([0], device)  # the others wait for it
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, checkpoint and checkpoint["data"])
+    over_ranks([0], machine)  # the others wait for it
+    trained_on = checkpoint["data"] if checkpoint else None
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, trained_on)
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
-    loader = fineweb.Loader(train, batch_rows, config.seed, rank, world, device, config.vocab_size, config.max_steps)
-    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if rank == 0 else None
-    scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size, device, rank, world)
-    checkpoint = None
+    loader = fineweb.Loader(train, batch_rows, config.seed, machine.rank, world, device,
+                            config.vocab_size, config.max_steps)  # fmt: skip
+    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if machine.rank == 0 else None
+    scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size,
+                                   device, machine.rank, world)  # fmt: skip
 
-    # ---- the run's folder
-    git = subprocess.run("git describe --always --dirty --exclude=*", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True).stdout.strip()  # fmt: skip
-    facts = {"script": script, "git": git or "unknown", "torch": torch.__version__, "device": device_name,
-             "processes": world, "dtype": f"{dtype} ({why})", "micro_batch": micro_batch, "micro_steps": micro_steps,
-             "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(),
-             "data": data, "config": dataclasses.asdict(config)}  # fmt: skip
-    log_file = fineweb.open_log(folder / "log.jsonl" if rank == 0 else None, math.inf if todo.eval else first_step)
-    if rank == 0 and not todo.eval:
-        (folder / f"{script}.py").write_text(Path(__file__).read_text())
+    # ---- the run's folder and log
+    facts = {
+        "script": script.stem, "git": fineweb.git_version(script.parent), "torch": torch.__version__,
+        "device": machine.name, "processes": world, "dtype": f"{machine.dtype} ({machine.why})",
+        "micro_batch": micro_batch, "micro_steps": micro_steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "active_parameters": model.active_parameters(), "flops_per_token": model.flops_per_token(),
+        "data": data, "config": dataclasses.asdict(config),
+    }  # fmt: skip
+    log_path = folder / "log.jsonl" if machine.rank == 0 else None
+    log_file = fineweb.open_log(log_path, math.inf if asked.eval else first_step)
+    if machine.rank == 0 and not asked.eval:
+        fineweb.keep_copy(script, folder)
 
     def log(event, **fields):
         log_file.write(json.dumps({"event": event, **fields}) + "\n")
 
-    log("run", first_step=first_step, time=time.time(), **facts)
-    say("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    stop, stopping = [], False  # a first signal asks for an end after the step, a second one kills
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name and dtype != torch.float32), None)
+    def evaluate(step):
+        """Logs and prints the validation loss and the accuracy on HellaSwag or the cloze."""
+        model.eval()
+        loss = validate(compiled, val, micro_batch, machine)
+        log("val", step=step, loss=loss)
+        say(f"step {step:05d} | validation loss {loss:.4f}")
+        if scorer is None:
+            return
+        conventions = scorer.batches if step == last_step else ["nanogpt"]
+        for convention in conventions:
+            with machine.autocast:
+                result = scorer.score(lambda x, y: model(x, y, "none")[1], convention, step, folder)
+            log("score", step=step, **result)
+            say(f"step {step:05d} | {hellaswag.one_line(result)}")
 
-    for step in range(first_step, last_step + 1):
-        # ---- evaluate, save, sample
-        due = not stopping and (step % config.eval_every == 0 or step == last_step)
-        if due:
-            model.eval()
-            loss = validate(compiled, val, micro_batch, rank, world, device, autocast)
-            log("val", step=step, loss=loss)
-            say(f"step {step:05d} | validation loss {loss:.4f}")
-            for convention in (scorer.batches if step == last_step else ["nanogpt"]) if scorer else []:
-                with autocast:  # by the raw model: compile would start over for each of the scorer's shapes
-                    result = scorer.score(lambda x, y: model(x, y, "none")[1], convention, step, folder)
-                log("score", step=step, **result)
-                say(f"step {step:05d} | {hellaswag.one_line(result)}")
-        if (due or stopping) and step > first_step and rank == 0:
-            checkpoint = {"format": 1, "script": script, "step": step, "config": facts["config"], "data": data,
-                          "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
-                          "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}  # fmt: skip
-            fineweb.write_atomic(folder / f"step_{step:06d}.pt", lambda f: torch.save(checkpoint, f))
-            for old in sorted(folder.glob("step_*.pt"))[:-2]:
-                old.unlink()
-            say(f"step {step:05d} | saved {folder}/step_{step:06d}.pt")
-        for text in generate(model, tokenizer, config.prompt, 2, config, device, autocast) if due and tokenizer else []:
+    def sample(step):
+        """Logs and prints two texts."""
+        for text in generate(model, tokenizer, config.prompt, 2, config, machine):
             log("sample", step=step, text=text)
             say(f"step {step:05d} > {text!r}")
-        if stopping or step == last_step:
-            say(f"{folder} is at step {step} of {config.max_steps}. Next: python {script}.py --run_name {folder.name} "
-                + ("--resume" if step < config.max_steps else f"--sample {json.dumps(config.prompt)}"))  # fmt: skip
+
+    log("run", first_step=first_step, time=time.time(), **facts)
+    fineweb.show(facts)
+    signals = fineweb.catch_signals()
+    stopping = False
+    for step in range(first_step, last_step + 1):
+        # ---- once in a while, and at the end: evaluate, save, sample
+        is_last = step == last_step
+        is_due = (step % config.eval_every == 0 or is_last) and not stopping
+        if is_due:
+            evaluate(step)
+        if (is_due or stopping) and step > first_step and machine.rank == 0:
+            save_checkpoint(folder, step, config, data, model, optimizer, scaler)
+        if is_due and tokenizer:
+            sample(step)
+        if is_last or stopping:
+            finished = step >= config.max_steps
+            command = f"--sample {json.dumps(config.prompt)}" if finished else "--resume"
+            say(f"{folder} is at step {step} of {config.max_steps}.")
+            say(f"Next: python {script.name} --run_name {folder.name} {command}")
             break
 
-        # ---- step
+        # ---- one optimizer step
         model.train()
-        began, loss = time.perf_counter(), torch.zeros((), device=device)
-        for micro_step, part in enumerate(loader.batch(step).split(micro_batch)):  # (micro_batch, T + 1)
-            if world > 1:  # gradients are averaged over the processes once a step, in the last backward
+        began = time.perf_counter()
+        loss = torch.zeros((), device=device)
+        batch = loader.batch(step)  # (rows of this process, T + 1)
+        for micro_step, rows in enumerate(batch.split(micro_batch)):
+            if world > 1:
+                # gradients add up in .grad, so averaging them over the processes can wait for the last
                 net.require_backward_grad_sync = micro_step == micro_steps - 1
-            with autocast:
-                _, micro_loss = net(part[:, :-1], part[:, 1:])
-            scaler.scale(micro_loss / micro_steps).backward()
-            loss += micro_loss.detach() / micro_steps
-        scaler.unscale_(optimizer)
+            with machine.autocast:
+                _, micro_loss = net(rows[:, :-1], rows[:, 1:])
+            # .grad adds the gradients up, and we want their mean, so each micro-loss is divided
+            micro_loss = micro_loss / micro_steps
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        scaler.unscale_(optimizer)  # from fp16's scaled gradients to the real ones, for clipping
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         lr = get_lr(config, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        scaler.step(optimizer)  # a scaler skips an infinite gradient, on all processes alike: it is their mean
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        scaler.step(optimizer)  # which skips the step if a gradient of fp16 is infinite
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        figures = model.after_step()
-        loss, stopping = over_ranks([loss.item() / world, len(stop)], device)
-        norm, seconds = norm.item(), time.perf_counter() - began
-        if not math.isfinite(loss) or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; the last good checkpoint, if any, is in {folder}")
-        pace = seconds if step <= first_step + 1 else 0.9 * pace + 0.1 * seconds  # the first step compiles
-        log("train", step=step, loss=loss, lr=lr, norm=norm if math.isfinite(norm) else None, ms=1000 * seconds, **figures)
-        line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms"
-        line += f" | {config.batch_tokens / seconds:,.0f} tok/s | eta {pace * (config.max_steps - step - 1) / 60:.0f} min"
-        line += f" | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else ""
-        line += f" | MFU {3 * facts['flops_per_token'] * config.batch_tokens / seconds / (peak * world):.1%}" if peak else ""
+        norm = norm.item()
+        figures = model.after_step() if math.isfinite(norm) else {}
+        loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
+        seconds = time.perf_counter() - began
+
+        # ---- and a word about it
+        skipped = scaler.is_enabled() and scaler.get_scale() >= 1 and not math.isfinite(norm)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; "
+                 f"the last good checkpoint, if any, is in {folder}")  # fmt: skip
+        figures |= {"lr": lr, "norm": None if skipped else norm, "ms": 1000 * seconds}
+        log("train", step=step, loss=loss, **figures)
+        if step <= first_step + 1:  # the first step compiles
+            pace = seconds
+        pace = 0.9 * pace + 0.1 * seconds
         if step % config.log_every == 0:
-            say(line)
+            eta = pace * (config.max_steps - step - 1)
+            say(step_line(step, loss, lr, norm, seconds, eta, facts["flops_per_token"], config, machine))
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():  # not in main, where DDP holds the group: its threads must end before Python does
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()  # not in main(), where DDP still holds the group and its threads
