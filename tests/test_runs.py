@@ -37,6 +37,9 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
+CPU = train_gpt2.Machine(0, 1, torch.device("cpu"), "cpu", torch.float32, "as asked for")
+
+
 @pytest.fixture
 def small(run, small_sample):
     """small(*options): a run of train_gpt2.py of a second or two on the offline dataset."""
@@ -88,7 +91,7 @@ def test_a_run_is_never_overwritten(small, tmp_path):
     assert small("--max_steps=1", "--run_name=a")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "log/a").iterdir()}
     status, said = small("--max_steps=1", "--run_name=a")
-    assert status == 1 and said == "log/a already holds a run: go on with it by --resume, or choose another by --run_name\n"
+    assert status == 1 and said == "log/a already holds a run: continue it by --resume, or choose another name by --run_name\n"
     status, said = small("--max_steps=1", "--run_name=a", "--resume")
     assert status == 1 and "is finished at step 1" in said
     assert {path.name: path.read_bytes() for path in (tmp_path / "log/a").iterdir()} == before
@@ -115,8 +118,8 @@ def test_padded_ids_are_never_sampled():
             return logits, state
 
     tokenizer = fineweb.get_tokenizer("bytes")
-    config, off = train_gpt2.Config(sample_tokens=300, seed=0), torch.autocast("cpu", enabled=False)
-    (text,) = train_gpt2.generate(Padding(), tokenizer, "a", 1, config, torch.device("cpu"), off)
+    config = train_gpt2.Config(sample_tokens=300, seed=0)
+    (text,) = train_gpt2.generate(Padding(), tokenizer, "a", 1, config, CPU)
     assert text.startswith("a") and len(text) > 200
 
 
@@ -185,6 +188,40 @@ def test_options_on_resume(small, tmp_path):
     assert checkpoint["config"]["weight_decay"] == 0.5 and checkpoint["config"]["max_steps"] == 4
 
 
+def test_a_checkpoint_of_another_version_is_refused(small, tmp_path):
+    assert small("--max_steps=1", "--run_name=a")[0] == 0
+    path = tmp_path / "log/a/step_000001.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for change in ({"format": 1}, {"config": checkpoint["config"] | {"width": 3}}):
+        torch.save(checkpoint | change, path)
+        status, said = small("--run_name=a", "--resume", "--max_steps=2")
+        assert status == 1 and said == (
+            "the checkpoint is of another version of this script: its copy in the run's folder reads it\n"
+        )
+    torch.save(checkpoint | {"script": "train_llama"}, path)
+    assert small("--run_name=a", "--eval") == (1, "the checkpoint is of train_llama.py: use that script\n")
+
+
+def test_the_copy_of_a_changed_script_is_put_beside_the_first(small, tmp_path, monkeypatch):
+    first = (ROOT / "train_gpt2.py").read_bytes()
+    assert small("--max_steps=1", "--run_name=a")[0] == 0
+    changed = tmp_path / "train_gpt2.py"
+    changed.write_bytes(first + b"# changed\n")
+    monkeypatch.setattr(train_gpt2, "__file__", str(changed))
+    for steps in (2, 3):  # the second time it is there already
+        assert small("--run_name=a", "--resume", f"--max_steps={steps}")[0] == 0
+    copies = {path.name: path.read_bytes() for path in (tmp_path / "log/a").glob("*.py")}
+    assert copies == {"train_gpt2.py": first, "train_gpt2.2.py": first + b"# changed\n"}
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in (999_999, 1_000_000, 250):
+        (tmp_path / f"step_{step:06d}.pt").write_bytes(b"")
+    (tmp_path / "step_best.pt").write_bytes(b"")  # somebody's own
+    names = [path.name for path in train_gpt2.checkpoint_paths(tmp_path)]
+    assert names == ["step_000250.pt", "step_999999.pt", "step_1000000.pt"]
+
+
 def test_torchruns_own_restart_goes_on_by_itself(small, tmp_path, monkeypatch):
     assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
     straight = losses(tmp_path / "log/a")
@@ -230,7 +267,7 @@ def test_gradients_are_the_mean_over_the_batch(small, tmp_path):
 
 def test_half_precision_with_a_loss_scaler(small, tmp_path):
     status, said = small("--max_steps=30", "--dtype=float16", "--run_name=half", "--max_lr=0.01")
-    assert status == 0 and "dtype: float16" in said.replace("torch.", ""), said
+    assert status == 0 and re.search(r"^dtype +torch.float16 \(as asked for\)$", said, re.MULTILINE), said
     assert small("--max_steps=30", "--dtype=float32", "--run_name=full", "--max_lr=0.01")[0] == 0
     half, full = losses(tmp_path / "log/half"), losses(tmp_path / "log/full")
     assert full[-1] < full[0] - 1 and half == pytest.approx(full, rel=0.03)
@@ -244,6 +281,19 @@ def test_scaler_skips_an_infinite_gradient(small, tmp_path, monkeypatch):
     assert small("--max_steps=40", "--dtype=float16", "--run_name=half", "--eval_every=100")[0] == 0
     norms = [event["norm"] for event in events(tmp_path / "log/half", "train")]
     assert None in norms[:10] and None not in norms[-3:]  # null in the log: a skipped step
+
+
+def test_a_skipped_step_is_none_for_the_model(small, tmp_path, monkeypatch):
+    """after_step() moves biases and counts steps: it must not be called where the scaler took no step."""
+    called = []
+    monkeypatch.setattr(train_gpt2.Model, "after_step", lambda self: called.append(1) or {"figure": len(called)})
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**40, enabled=enabled))
+    assert small("--max_steps=30", "--dtype=float16", "--run_name=half", "--eval_every=100")[0] == 0
+    taken = [event["norm"] is not None for event in events(tmp_path / "log/half", "train")]
+    assert 0 < sum(taken) < 30 and len(called) == sum(taken)
+    figures = ["figure" in event for event in events(tmp_path / "log/half", "train")]
+    assert figures == taken
 
 
 def test_compiled_run_equals_the_plain_one(small, tmp_path):
@@ -330,39 +380,77 @@ def test_another_tokenizers_checkpoint_is_refused(small, small_sample, tmp_path)
     assert status == 1 and "holds gpt2 tokens, the model was trained on bytes tokens" in said
 
 
-def test_out_of_memory_halves_the_micro_batch(monkeypatch):
-    class Device:
-        type = "meta"
+class Fits:
+    """Stands for a model that runs out of memory with more rows than largest, in the step-th forward pass or later."""
 
-    config, off, zeros = train_gpt2.Config(block_size=1024), torch.autocast("cpu", enabled=False), torch.zeros
+    largest, step, error = 0, 0, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    def __init__(self, config):
+        self.calls = 0
+
+    def parameters(self):
+        return [torch.zeros((), requires_grad=True)]
+
+    def to(self, device):
+        return self
+
+    def __call__(self, idx, targets):
+        self.calls += 1
+        if len(idx) > Fits.largest and self.calls > Fits.step:
+            raise Fits.error
+        return None, torch.zeros((), requires_grad=True)
+
+
+@pytest.fixture
+def find(monkeypatch):
+    """find(rows, largest, step): the micro-batch that is chosen for such a model on a device that is no CPU."""
+    zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
+    monkeypatch.setattr(train_gpt2, "Model", Fits)
+    machine = train_gpt2.Machine(0, 1, torch.device("meta"), "a device", torch.float32, "")
+    monkeypatch.setattr(train_gpt2.Machine, "autocast", torch.autocast("cpu", enabled=False))
 
     def find(rows, largest, step=0):
-        """What is chosen where a model with more rows than largest runs out of memory in the step-th forward pass."""
+        monkeypatch.setattr(Fits, "largest", largest)
+        monkeypatch.setattr(Fits, "step", step)
+        return train_gpt2.find_micro_batch(train_gpt2.Config(block_size=1024), rows, machine)
 
-        class Model:
-            def __init__(self, config):
-                self.calls = 0
+    return find
 
-            def parameters(self):
-                return [zeros((), requires_grad=True)]
 
-            def to(self, device):
-                return self
-
-            def __call__(self, idx, targets):
-                self.calls += 1
-                if len(idx) > largest and self.calls > step:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-                return None, zeros((), requires_grad=True)
-
-        monkeypatch.setattr(train_gpt2, "Model", Model)
-        return train_gpt2.find_micro_batch(config, rows, Device, off)
-
+def test_out_of_memory_shrinks_the_micro_batch(find):
     assert [find(512, 10**6), find(512, 63), find(512, 1), find(96, 50), find(12, 5)] == [64, 32, 1, 48, 4]
     assert find(512, 32, step=1) == 32  # beside the gradients and AdamW's moments
     with pytest.raises(SystemExit, match="not even one row of 1024 tokens fits.*CUDA out of memory"):
         find(512, 0)
+
+
+@pytest.mark.parametrize("words, is_memory", [
+    ("MPS backend out of memory (MPS allocated: 1 GB)", True),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("mat1 and mat2 shapes cannot be multiplied (4x3 and 4x3)", False),
+])  # fmt: skip
+def test_only_out_of_memory_shrinks_it(find, monkeypatch, words, is_memory):
+    """A mistake in somebody's model must be seen as what it is."""
+    monkeypatch.setattr(Fits, "error", RuntimeError(words))
+    if is_memory:
+        assert find(512, 8) == 8
+    else:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            find(512, 8)
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("Tesla T4", 65e12), ("NVIDIA T400 4GB", None),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+])  # fmt: skip
+def test_utilisation_is_shown_for_known_devices_only(name, peak):
+    config = train_gpt2.Config()
+    machine = train_gpt2.Machine(0, 2, torch.device("cpu"), name, torch.bfloat16, "")
+    line = train_gpt2.step_line(7, 3.5, 6e-4, 0.5, 2.0, 3600, 266e6, config, machine)
+    start = "step 00007/19073 | loss 3.5000 | lr 6.0e-04 | norm 0.50 | 2000 ms | 262,144 tok/s | eta 60 min"
+    mfu = f" | MFU {3 * 266e6 * 262_144 / (2 * peak):.1%}" if peak else ""
+    assert line == start + mfu
 
 
 def test_learning_rate():
