@@ -238,7 +238,7 @@ def find_peak(script, machine):
 def run(**job):
     """Measures a job in a fresh process; returns its result as a dict."""
     command = [sys.executable, "-m", "tools.bench", "--job", json.dumps(job)]
-    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if process.returncode:
         micro_batch = job["micro_batch"]
         fineweb.fail(f"{job['name']} with micro-batch {micro_batch} could not be measured, see above")
