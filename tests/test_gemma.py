@@ -1,92 +1,67 @@
 """Gemma 3 against transformers, its two kinds of layers, and the two ways to compute a window."""
 import pytest
 import torch
-from parity import (assert_close, assert_names_go_there_and_back, assert_parity,
-                    assert_recomputing_pays, flex_equals_mask, perturbed, real_size)  # fmt: skip
+from helpers import (assert_close, assert_flex_equals_mask, assert_norm_rounds_once, assert_parity,
+                     assert_real_size, assert_saves_parameters_alone, assert_windows, perturbed, tokens)  # fmt: skip
 
 import train_gemma
 from train_gemma import Config, Model, Norm
 
-# seven layers: five local ones, a global one, a local one; heads wider together than the model
-SMALL = dict(n_layer=7, n_head=4, n_kv_head=2, head_dim=12, n_embd=30, n_inner=56, vocab_size=300, block_size=24, window=5,
-             rope_theta_local=100.0)  # fmt: skip
-FIELDS = SMALL | {"n_embd": 32}  # transformers wants a multiple of the heads
+# seven layers: five local ones, a global one, a local one; heads that are wider together than the model
+SMALL = dict(
+    n_layer=7, n_head=4, n_kv_head=2, head_dim=12, n_embd=32, n_inner=56, vocab_size=300, block_size=24,
+    window=5, rope_theta_local=100.0,
+)  # fmt: skip
+FOUR_LAYERS = dict(n_layer=4, global_every=2, n_kv_head=1, window=2, rope_theta=50.0)
 
 
-@pytest.mark.parametrize("queries", [256, 7])  # at a time: all, pieces that don't divide the context
-@pytest.mark.parametrize("fields", [{}, {"n_layer": 4, "global_every": 2, "n_kv_head": 1, "window": 2, "rope_theta": 50.0}])
-def test_logits_loss_and_gradients_equal_transformers(fields, queries, monkeypatch):
-    monkeypatch.setattr(train_gemma, "QUERIES", queries)
-    model = perturbed(train_gemma, **FIELDS | fields)
-    idx, targets = torch.randint(300, (2, 3, 24))
-    idx[0, 3] = targets[0, 4] = 0  # a token as any other; transformers' default takes it for padding
+@pytest.mark.parametrize("fields", [{}, FOUR_LAYERS])
+def test_logits_loss_and_gradients_equal_transformers(fields):
+    model = perturbed(train_gemma, **SMALL | fields)
+    idx, targets = tokens(2, 3, 24)
+    idx[0, 3] = 0  # a token as any other; transformers' default takes it for padding
+    targets[0, 4] = 0
     assert_parity("gemma", model, idx, targets)
-    assert_close(model(idx[:, :9])[0], model(idx)[0][:, :9], what="a shorter context")
+    assert_saves_parameters_alone(model)
 
 
-def test_names_go_there_and_back():
-    assert_names_go_there_and_back("gemma", perturbed(train_gemma, **FIELDS))
+def test_the_real_model_has_transformers_size():
+    assert_real_size("gemma", train_gemma, 123_673_216, 267.3e6)
 
 
-def test_the_real_model_has_transformers_size(monkeypatch):
-    ours, theirs, flops = real_size("gemma", train_gemma, monkeypatch)
-    assert ours == theirs == 123_673_216
-    assert f"{ours:,}" in train_gemma.__doc__
-    assert flops == pytest.approx(267.3e6, rel=1e-3)
+def test_norm_is_the_reference_in_fp32_rounded_once():
+    norms = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    assert_norm_rounds_once(Norm(64), norms.Gemma3RMSNorm(64, eps=1e-6))
+
+
+def test_windows_equal_attention_query_by_query():
+    assert_windows(train_gemma)
+
+
+def last_changed(n_layer):
+    """The last position of 1,024 whose logits depend on token 100, in the real window."""
+    fields = dict(n_head=2, n_kv_head=1, head_dim=8, n_embd=16, n_inner=8, vocab_size=300)
+    model = perturbed(train_gemma, n_layer=n_layer, **fields)
+    idx = tokens(1, 1024)
+    other = idx.clone()
+    other[0, 100] = (other[0, 100] + 1) % 300
+    with torch.no_grad():
+        differs = model(idx)[0] != model(other)[0]
+    return differs.any(-1)[0].nonzero().max().item()
 
 
 def test_how_far_layers_see():
-    fields = dict(n_head=2, n_kv_head=1, head_dim=8, n_embd=16, n_inner=8, vocab_size=300)
-    idx = torch.randint(300, (1, 1024), generator=torch.Generator().manual_seed(0))
-    other = idx.clone()
-    other[0, 100] += 1
-
-    def last_changed(n_layer):
-        model = perturbed(train_gemma, n_layer=n_layer, **fields)
-        with torch.no_grad():
-            return (model(idx)[0] != model(other)[0]).any(-1)[0].nonzero().max().item()
-
     assert last_changed(1) == 100 + 255
     assert 100 + 255 < last_changed(3) <= 100 + 3 * 255
     assert last_changed(6) == 1023  # the sixth layer is global
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_norm_is_rounded_where_the_reference_does(dtype):
-    norms = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
-    torch.manual_seed(0)
-    ours, theirs = Norm(64).to(dtype), norms.Gemma3RMSNorm(64, eps=1e-6).to(dtype)
-    with torch.no_grad():
-        theirs.weight.normal_()
-        ours.weight.copy_(theirs.weight)
-    x = (500 * torch.randn(40, 64)).to(dtype)  # its square is too large for fp16
-    assert torch.equal(ours(x), theirs(x))
-    small = (1e-3 * torch.randn(40, 64)).to(dtype)  # its square is near eps
-    assert torch.equal(ours(small), theirs(small))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("n_layer, how", [(2, {}), (1, {"backend": "inductor"})])
-def test_flex_attention_computes_the_same(n_layer, how, monkeypatch):
-    fields = dict(n_layer=n_layer, global_every=2, head_dim=16, block_size=300, window=50)  # more than flex's blocks of 128
-    model = perturbed(train_gemma, **FIELDS | fields)
+def test_flex_attention_equals_the_mask_in_one_graph(monkeypatch):
+    # more than flex_attention's blocks of 128; a local layer and a global one, which has no mask
+    fields = dict(n_layer=2, global_every=2, head_dim=16, block_size=300, window=50)
+    model = perturbed(train_gemma, **SMALL | fields)
     model.may_flex = True
-    flex_equals_mask(train_gemma, model, torch.randint(300, (2, 300)), monkeypatch, **how)
-
-
-def test_autocast_and_fp64():
-    model = perturbed(train_gemma, **FIELDS)
-    idx = torch.randint(300, (2, 24))
-    loss = model(idx, idx)[1].item()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(idx, idx)[1].item() == pytest.approx(loss, abs=0.03)
-    exact = model.double()(idx, idx)[1]
-    assert exact.dtype == torch.float64 and exact.item() == pytest.approx(loss, rel=1e-5)
-
-
-def test_recomputing_pays(monkeypatch):
-    model = perturbed(train_gemma, **FIELDS)
-    assert_recomputing_pays(train_gemma, model, torch.randint(300, (8, 24)), monkeypatch)
+    assert_flex_equals_mask(train_gemma, model, tokens(2, 300), monkeypatch)
 
 
 def test_initial_weights():
@@ -96,14 +71,17 @@ def test_initial_weights():
         if "norm" in name:
             assert (p == 0).all(), name  # a gain of 1
         else:
-            assert p.std().item() == pytest.approx(0.02, rel=0.03) and abs(p.mean().item()) < 0.001, name
+            assert p.std().item() == pytest.approx(0.02, rel=0.03), name
+            assert abs(p.mean().item()) < 0.001, name
 
 
 def test_norms_do_not_decay():
     model = Model(Config(**SMALL, weight_decay=0.1))
-    names = {id(p): name for name, p in model.named_parameters()}
-    decay = {names[id(p)]: group["weight_decay"] for group in model.optimizer_groups() for p in group["params"]}
-    assert decay == {name: 0.0 if "norm" in name else 0.1 for name in decay} and len(decay) == len(names)
+    matrices, vectors = model.optimizer_groups()
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0.0
+    assert {id(p) for p in vectors["params"]} == {id(p) for p in norms}
+    assert len(matrices["params"]) + len(norms) == len(list(model.parameters()))
 
 
 def test_shapes_that_can_not_be():

@@ -1,13 +1,15 @@
-"""LLaMA against transformers, and what transformers doesn't test."""
+"""LLaMA against transformers, its norm, its rotary positions, and what transformers doesn't test."""
 import math
 
 import pytest
 import torch
-from parity import (assert_close, assert_names_go_there_and_back, assert_parity,
-                    assert_recomputing_pays, perturbed, real_size)  # fmt: skip
+from helpers import (assert_close, assert_norm_rounds_once, assert_parity, assert_real_size,
+                     assert_saves_parameters_alone, perturbed, tokens)  # fmt: skip
+from reference import rotate_neighbours
 
 import train_llama
-from train_llama import Config, Model, Norm
+from tools.weights import interleaved
+from train_llama import Config, Model, Norm, rope_table, rotate
 
 SMALL = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=300, block_size=24)
 
@@ -15,64 +17,52 @@ SMALL = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size
 @pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1, "rope_theta": 100.0}, {"n_kv_head": 4}])
 def test_logits_loss_and_gradients_equal_transformers(fields):
     model = perturbed(train_llama, **SMALL | fields)
-    idx, targets = torch.randint(300, (2, 3, 24))
-    assert_parity("llama", model, idx, targets)
-    assert_close(model(idx[:, :7])[0], model(idx)[0][:, :7], what="a shorter context")
+    assert_parity("llama", model, *tokens(2, 3, 24))
+    assert_saves_parameters_alone(model)
 
 
-def test_names_go_there_and_back():
-    assert_names_go_there_and_back("llama", perturbed(train_llama, **SMALL))
+def test_the_real_model_has_transformers_size():
+    assert_real_size("llama", train_llama, 123_587_328, 266.0e6)
 
 
-def test_the_real_model_has_transformers_size(monkeypatch):
-    ours, theirs, flops = real_size("llama", train_llama, monkeypatch)
-    assert ours == theirs == 123_587_328
-    assert f"{ours:,}" in train_llama.__doc__
-    assert flops == pytest.approx(266.0e6, rel=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_norm_is_rounded_where_the_reference_does(dtype):
+def test_norm_is_the_reference_in_fp32_rounded_once():
     norms = pytest.importorskip("transformers.models.llama.modeling_llama")
+    assert_norm_rounds_once(Norm(64), norms.LlamaRMSNorm(64, eps=1e-5))
+
+
+def test_rotary_positions_are_the_other_pairing_with_permuted_weights():
     torch.manual_seed(0)
-    ours, theirs = Norm(Config(n_embd=64)).to(dtype), norms.LlamaRMSNorm(64, eps=1e-5).to(dtype)
-    with torch.no_grad():
-        theirs.weight.normal_()
-        ours.weight.copy_(theirs.weight)
-    x = (500 * torch.randn(40, 64)).to(dtype)  # its square is too large for fp16
-    assert torch.equal(ours(x), theirs(x))
-    small = (1e-3 * torch.randn(40, 64)).to(dtype)  # its square is below eps
-    assert torch.equal(ours(small), theirs(small))
+    x = torch.randn(2, 24, 32, dtype=torch.float64)
+    rope = rope_table(100.0, 24, 8).double()
+    order = interleaved(8)
 
+    def make_heads(weight):
+        return (x @ weight.flatten(0, 1).T).view(2, 24, 4, 8).transpose(1, 2)
 
-def test_autocast_and_fp64():
-    model = perturbed(train_llama, **SMALL)
-    idx = torch.randint(300, (2, 24))
-    loss = model(idx, idx)[1].item()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(idx, idx)[1].item() == pytest.approx(loss, abs=0.01)
-    exact = model.double()(idx, idx)[1]
-    assert exact.dtype == torch.float64 and exact.item() == pytest.approx(loss, rel=1e-6)
-
-
-def test_recomputing_pays(monkeypatch):
-    model = perturbed(train_llama, **SMALL)
-    assert_recomputing_pays(train_llama, model, torch.randint(300, (8, 24)), monkeypatch)
+    q, k = torch.randn(2, 4, 8, 32, dtype=torch.float64)  # 4 heads of 8 rows
+    our_q = rotate(make_heads(q), rope)
+    our_k = rotate(make_heads(k), rope)
+    their_q = rotate_neighbours(make_heads(q[:, order]), 100.0)
+    their_k = rotate_neighbours(make_heads(k[:, order]), 100.0)
+    assert_close(our_q[..., order], their_q, 1e-14)
+    assert_close(our_q @ our_k.mT, their_q @ their_k.mT, 1e-14)
 
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = Model(Config(n_layer=8, n_embd=256, n_head=4, n_kv_head=2, n_inner=300, vocab_size=1000, block_size=64))
+    fields = dict(n_layer=8, n_embd=256, n_head=4, n_kv_head=2, n_inner=300, vocab_size=1000, block_size=64)
+    model = Model(Config(**fields))
     for name, p in model.named_parameters():
         if "norm" in name:
             assert (p == 1).all(), name
         else:
             std = 0.02 / math.sqrt(16) if "proj" in name else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.03) and abs(p.mean().item()) < std / 20, name
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < std / 20, name
 
 
 def test_shapes_that_can_not_be():
-    with pytest.raises(SystemExit, match="--n_embd 36 is not a multiple of 2 x --n_head 4"):
+    with pytest.raises(SystemExit, match="--n_embd 36 can't be split into --n_head 4 heads of pairs"):
         Model(Config(n_embd=36, n_head=4))
     with pytest.raises(SystemExit, match="--n_head 12 is not a multiple of --n_kv_head 5"):
         Model(Config(n_kv_head=5))

@@ -1,0 +1,240 @@
+"""What the tests of the models share: a model to test, closeness, gradients, and the comparison with transformers."""
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.utils.checkpoint
+from reference import cross_entropy, window_attention
+
+from tools import models, weights
+
+# ==========================================================================
+# Models
+
+
+def perturbed(script, **fields):
+    """A small Model that is far from its initial values, 0s and 1s, so that whatever is left out shows."""
+    torch.manual_seed(0)
+    model = script.Model(script.Config(**fields))
+    for name, parameter in model.named_parameters():
+        is_small = parameter.dim() == 1 or "mix" in name or "conv" in name
+        std = 0.3 if is_small else 0.2
+        parameter.data += std * torch.randn_like(parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith("router.bias"):
+            buffer += 0.3 * torch.randn_like(buffer)
+    return model
+
+
+def tokens(*shape, vocab_size=300, seed=1):
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, shape, generator=generator)
+
+
+# ==========================================================================
+# Closeness and gradients
+
+
+def assert_close(ours, theirs, relative=1e-5, what=""):
+    """The largest difference is at most relative times the largest value."""
+    assert ours.shape == theirs.shape, f"{what}: {ours.shape} and {theirs.shape}"
+    error = (ours.double() - theirs.double()).abs().max() / theirs.abs().max().clamp(min=1e-30)
+    assert error <= relative, f"{what}: relative error {error:.1e}"
+
+
+def assert_all_close(ours, theirs, relative=1e-5):
+    """The same of all tensors of two dicts."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert_close(tensor, theirs[name], relative, name)
+
+
+def gradients(model, loss):
+    """{name: gradient} of a loss, for the parameters that it depends on."""
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def joined(tensors):
+    """{name: tensor} with an attention's q, k and v in one, to be measured by one scale.
+
+    Some of their gradients are 0 but for rounding: that of GPT-2's k.bias, and those of q and k in
+    a window of one token.
+    """
+    groups = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(re.sub(r"\.[qkv]\.", ".qkv.", name), []).append(tensor.flatten())
+    return {name: torch.cat(group) for name, group in groups.items()}
+
+
+def kept_for_backward(model, idx, targets):
+    """Bytes that a forward pass keeps for its backward pass, those of parameters and buffers aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, loss = model(idx, targets)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def call_plainly(function, *inputs, **options):
+    """In torch.utils.checkpoint.checkpoint's place: keeps everything for the backward pass."""
+    return function(*inputs)
+
+
+def assert_checkpoints_change_nothing(model, idx, targets, monkeypatch):
+    """Bit-equal gradients with and without. Returns the bytes kept for backward (with, without)."""
+    again = gradients(model, model(idx, targets)[1])
+    little = kept_for_backward(model, idx, targets)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", call_plainly)
+    once = gradients(model, model(idx, targets)[1])
+    much = kept_for_backward(model, idx, targets)
+    for name in once:
+        assert torch.equal(again[name], once[name]), name
+    return little, much
+
+
+# ==========================================================================
+# Parts that several scripts have
+
+
+def assert_head_loss_is_plain(script, rows, l2wrap=False):
+    """HeadLoss and head_loss in fp64 against all logits at once."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(40, (rows,))
+    loss = script.HeadLoss.apply(x, weight, targets, True)
+    plain = cross_entropy(x @ weight.T, targets, l2wrap)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    ours = torch.autograd.grad(3 * loss, (x, weight))
+    theirs = torch.autograd.grad(3 * plain, (x, weight))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    with torch.no_grad():
+        mean = script.head_loss(x[None], weight, targets[None], "mean")
+        each = script.head_loss(x[None], weight, targets[None], "none")
+    torch.testing.assert_close(mean, plain.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(each.mean(), plain.detach().float(), rtol=1e-5, atol=0)
+
+
+def assert_norm_rounds_once(norm, reference):
+    """norm(x) for 16-bit x is reference's of x in fp32, rounded once, with and without autocast.
+
+    Both have 64 channels and weights in fp32; norm's are set to reference's.
+    """
+    torch.manual_seed(0)
+    nn.init.normal_(reference.weight)
+    norm.load_state_dict(reference.state_dict())
+    for scale in (500, 1e-3):  # squares that are too large for fp16, and squares near eps
+        x = scale * torch.randn(40, 64)
+        assert_close(norm(x), reference(x), 1e-6)
+        for dtype in (torch.float16, torch.bfloat16):
+            rounded = x.to(dtype)
+            y = norm(rounded)
+            exact = reference(rounded.float())
+            unit = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+            assert y.dtype == dtype
+            assert ((y.float() - exact).abs() <= 0.501 * unit).all()
+            with torch.autocast("cpu", dtype):
+                assert torch.equal(norm(rounded), y)
+
+
+def assert_windows(script):
+    """attend() by the mask of window_mask() against query by query, in fp64."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 12, 6, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, 2, 2, 12, 6, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 4, 12, 6, dtype=torch.float64)
+    for window in (1, 2, 5, 12, 100, None):
+        mask = None if window is None else script.window_mask(q[:, 0], window)
+        ours = script.attend(q, k, v, mask)
+        theirs = window_attention(q, k, v, window or 12)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+        ours = torch.autograd.grad(ours, (q, k, v), upstream)
+        theirs = torch.autograd.grad(theirs, (q, k, v), upstream)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+def assert_flex_equals_mask(script, model, idx, monkeypatch):
+    """flex_attention, which only CUDA takes, gives the same logits as the mask, and compiles to one graph."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = model(idx)[0]
+        monkeypatch.setattr(script, "can_flex", lambda x: True)
+        torch.compiler.reset()
+        net = torch.compile(model, dynamic=False, fullgraph=True, backend=record)
+        found = net(idx)[0]
+    (graph,) = graphs
+    assert "flex_attention" in graph.code
+    assert_close(found, expected, what="flex_attention")
+
+
+# ==========================================================================
+# transformers
+
+
+def transformers_twin(name, model):
+    """transformers' model of architecture name, with the same weights in the same precision."""
+    pytest.importorskip("transformers")
+    twin = weights.hf_model(name, model.config).to(model.wte.weight.dtype)
+    assert twin.config._attn_implementation == "sdpa"
+    if name == "deepseek":
+        twin.set_experts_implementation("eager")
+    twin.load_state_dict(weights.to_hf(name, model.state_dict(), model.config))
+    return twin.train(model.training)
+
+
+def assert_parity(name, model, idx, targets, relative=1e-5):
+    """Logits, loss and all gradients are transformers'; the loss is that in fp64, too."""
+    twin = transformers_twin(name, model)
+    logits, no_loss = model(idx)
+    theirs = twin(input_ids=idx, use_cache=False).logits
+    assert no_loss is None
+    assert_close(logits, theirs, relative, "logits")
+    assert_close(model(idx[:, :9])[0], theirs[:, :9], relative, "logits of a shorter context")
+    no_logits, loss = model(idx, targets)
+    reference = cross_entropy(theirs, targets)
+    assert no_logits is None
+    assert_close(loss, reference, relative, "loss")
+    reference.backward()
+    grads = {key: p.grad for key, p in twin.named_parameters()}
+    grads = weights.from_hf(name, twin.state_dict() | grads, model.config)
+    ours = gradients(model, loss)
+    assert ours.keys() == dict(model.named_parameters()).keys()
+    theirs = {key: grads[key] for key in ours}
+    assert_all_close(joined(ours), joined(theirs), relative)
+    _, exact = copy.deepcopy(model).double()(idx, targets)
+    assert exact.dtype == torch.float64
+    assert_close(loss, exact, 1e-6, "loss in fp64")
+
+
+def assert_real_size(name, script, parameters, flops):
+    """The real model has so many parameters, as transformers' and as its docstring says, and FLOPs per token."""
+    pytest.importorskip("transformers")
+    with torch.device("meta"):
+        twin = weights.hf_model(name, script.Config())
+    ours, active = models.count_parameters(script, script.Config())
+    assert ours == active == sum(p.numel() for p in twin.parameters()) == parameters
+    assert f"{parameters:,}" in script.__doc__
+    assert models.make_model(script, script.Config()).flops_per_token() == pytest.approx(flops, rel=1e-3)
+
+
+def assert_saves_parameters_alone(model):
+    """A checkpoint holds nothing that can be made again, such as tables."""
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
