@@ -388,8 +388,8 @@ def start(config, world):
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
     dtype, why = choose_dtype(config, kind)
     if world > 1:
-        # DDP must not cut the graph into buckets, since gradients are sent once a step only.
-        # Naming _dynamo imports it, and that must come first, or it holds the group for ever.
+        # DDP must not cut the graph into buckets, since gradients are sent only once a step.
+        # This line also imports _dynamo: later, its modules would keep the group alive at exit.
         torch._dynamo.config.optimize_ddp = False
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     rank = int(os.environ.get("RANK", 0))
@@ -612,7 +612,7 @@ def main():
             say(text)
         return
 
-    # ---- the batch, shared out evenly: each process takes its rows in micro-batches
+    # ---- the batch: every process takes an equal share of its rows, in micro-batches
     batch_rows = config.batch_tokens // config.block_size
     micro_batch = find_micro_batch(config, batch_rows // world, machine)
     micro_steps = batch_rows // world // micro_batch
@@ -623,7 +623,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
     if checkpoint:
-        settings = optimizer.state_dict()  # of now; only the moments are the checkpoint's
+        settings = optimizer.state_dict()  # as given now; the checkpoint adds AdamW's moments
         optimizer.load_state_dict(settings | {"state": checkpoint["optimizer"]})
         if checkpoint["scaler"]:  # it is empty where no scaler was used
             scaler.load_state_dict(checkpoint["scaler"])
@@ -724,7 +724,7 @@ def main():
                 net.require_backward_grad_sync = micro_step == micro_steps - 1
             with machine.autocast:
                 _, micro_loss = net(rows[:, :-1], rows[:, 1:])
-            # .grad adds the gradients up, and we want their mean, so each micro-loss is divided
+            # .grad adds up the gradients of the micro-batches, but the loss is a mean over them
             micro_loss = micro_loss / micro_steps
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
@@ -741,7 +741,7 @@ def main():
         loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
         seconds = time.perf_counter() - began
 
-        # ---- and a word about it
+        # ---- the log and the screen
         skipped = scaler.is_enabled() and scaler.get_scale() >= 1 and not math.isfinite(norm)
         if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
             fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; "

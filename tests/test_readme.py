@@ -1,7 +1,9 @@
 """The README's commands are what they say."""
 import re
 import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -12,10 +14,12 @@ from tools import table
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+CLONE = COMMANDS.pop(0)
 COMMANDS += [command for command in re.findall(r"`((?:python|torchrun) [^`]*)`", README)]
 
 
 def test_the_first_two_commands():
+    assert CLONE.startswith("git clone ")
     assert COMMANDS[0] == "pip install -r requirements.txt && python train_gpt2.py --tiny"
     assert COMMANDS[1] == "pip install -r requirements.txt && python -m pytest"
     ci = (ROOT / ".ci/run").read_text()
@@ -60,3 +64,40 @@ def test_no_placeholder_is_left():
 def test_the_tables_are_what_the_tool_makes(name):
     first, last = table.marks(name)
     assert first + table.TABLES[name]() + last in README, "run `python -m tools.table --write`"
+
+
+def relative_links(path):
+    """The files that a Markdown file links to or shows, but for other sites and headings of its own."""
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
+    return [path.parent / target for target in targets if "://" not in target]
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md", "results/demo/report/leaderboard.md"])
+def test_links_and_pictures_are_there(name):
+    links = relative_links(ROOT / name)
+    assert links or name == "results/README.md"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    for link in links:
+        assert link.exists(), link
+        inside = link.resolve().relative_to(ROOT.resolve()).as_posix()
+        # also for those who clone: an ignored file would be there for us alone
+        assert not tracked or any(file == inside or file.startswith(inside + "/") for file in tracked), link
+
+
+def test_the_diff_is_real():
+    (shown,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    command = ["diff", "-U", "10000", "train_gpt2.py", "train_llama.py"]
+    diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    whole = [line.rstrip() for line in diff.splitlines()]
+    lines = shown.rstrip("\n").splitlines()
+    assert len(lines) >= 12
+    assert any(whole[i : i + len(lines)] == lines for i in range(len(whole)))
+
+
+def test_a_part_of_the_data_has_its_command():
+    """What fineweb.py prints after --shards 10 is what the README says."""
+    shards = [{"name": "fineweb_val_000000.bin", "tokens": 10**8}]
+    shards += [{"name": f"fineweb_train_{k:06d}.bin", "tokens": 10**8} for k in range(1, 11)]
+    command = fineweb.next_command(Path("data/fineweb10B"), shards, False)
+    options = "--max_steps 1907 --warmup_steps 72"
+    assert options in command and f"`python train_gpt2.py {options}`" in README

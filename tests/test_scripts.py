@@ -137,7 +137,7 @@ def test_length_and_imports(script):
     assert len(lines) <= (1030 if script.__name__ in ("train_deepseek", "train_rwkv") else 880)
     assert max(map(len, lines)) <= 110
     filled = [len(line) for line in lines if line.strip()]
-    assert sum(filled) / len(filled) <= 56
+    assert sum(filled) / len(filled) <= 58
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "fineweb", "hellaswag"}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -286,7 +286,9 @@ def test_one_graph_and_no_recompilation(script, dtype, relative):
         return loss.item(), [parameter.grad for parameter in model.parameters()]
 
     torch._dynamo.reset()
-    plain, model = make(script), make(script)
+    fewer = {"n_layer": 3, "global_every": 3}  # every kind of layer is among them
+    fewer = {name: value for name, value in fewer.items() if hasattr(script.Config, name)}
+    plain, model = make(script, **fewer), make(script, **fewer)
     loss, gradients = train(plain, plain, 3)
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
     compiled_loss, compiled_gradients = train(model, compiled, 1)
@@ -389,10 +391,10 @@ def test_two_processes_equal_one(script, run, small_sample, tmp_path):
 
 
 def test_a_tiny_run_learns(script, run, small_sample, tmp_path):
-    options = ["--tiny", f"--data_dir={small_sample}", "--max_steps=50", "--warmup_steps=10", "--eval_every=50",
-               "--val_tokens=8192", "--sample_tokens=8", "--run_name=a"]  # fmt: skip
+    options = ["--tiny", f"--data_dir={small_sample}", "--max_steps=40", "--warmup_steps=10", "--eval_every=40",
+               "--batch_tokens=1024", "--val_tokens=1024", "--sample_tokens=8", "--run_name=a"]  # fmt: skip
     status, said = run(script, *options)
     assert status == 0, said
     losses = logged(tmp_path / "log/a", "loss")
-    # 5.5 is chance
-    assert losses[0] > 5 and losses[-1] < 3.0
+    # 5.5 is chance, and 3.4 what the frequencies of the bytes alone give
+    assert losses[0] > 5 and losses[-1] < 3.2

@@ -176,3 +176,14 @@ def test_nested_facts_are_listed(capsys):
 def test_git_version(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert fineweb.git_version(tmp_path) == "unknown"
+
+
+@pytest.mark.parametrize("seconds, said", [(0.5, ""), (3.0, "scoring takes about 2 min here; take fewer\n")])
+def test_a_long_loop_says_how_long_it_takes(monkeypatch, capsys, seconds, said):
+    now = [0.0]
+    monkeypatch.setattr(fineweb.time, "perf_counter", lambda: now[0])
+    seen = []
+    for item in fineweb.with_estimate(range(40), "scoring", "take fewer"):
+        now[0] += 100 if item == 0 else seconds  # the first compiles
+        seen.append(item)
+    assert seen == list(range(40)) and capsys.readouterr().out == said

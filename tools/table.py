@@ -2,11 +2,11 @@
 The README's tables, made from the scripts themselves and from the evidence in results/.
 
     python -m tools.table                   # print them
-    python -m tools.table architectures     # one of them: architectures, speed or demonstration
+    python -m tools.table architectures     # one of them: architectures, speed, demonstration or data
     python -m tools.table --write           # put them into README.md, between their marks
 
-speed is made from results/bench-cpu/*.json, which tools.bench wrote, and demonstration by tools.compare
-from the runs in results/demo. The lines unlike train_gpt2.py are those that diff marks with < or >.
+speed and data are made from results/bench-cpu/*.json, which tools.bench and tools.bench_data wrote, and
+demonstration by tools.compare from the runs in results/demo. The lines unlike train_gpt2.py are those that diff marks with < or >.
 """
 import argparse
 import importlib
@@ -122,21 +122,41 @@ def speed():
 
 
 def demonstration():
-    """The leaderboard of the runs in results/demo, and which of them can be told apart."""
+    """The runs in results/demo in order of loss, as tools.compare ranks them."""
     runs = [compare.read_run(log.parent) for log in sorted((ROOT / "results/demo").glob("*/log.jsonl"))]
     (pools, _), *others = compare.fair_groups(compare.pool_runs(runs))
     if others:
         fineweb.fail("the runs in results/demo can't all be compared: "
                      "see `python -m tools.compare results/demo/*`")  # fmt: skip
-    keys = sorted({key for run in runs for key in run.scores})
-    pools.sort(key=lambda pool: pool.loss())
-    _, matrix = compare.pairs_tables(pools, keys[0])
-    return compare.leaderboard(pools, keys) + "\n" + matrix
+    rows = []
+    for rank, pool in enumerate(sorted(pools, key=lambda pool: pool.loss()), start=1):
+        total = pool.first.facts["parameters"]
+        active = compare.active_parameters(pool.first)
+        loss = f"{pool.loss():.4f} ± {statistics.stdev(pool.losses()):.4f}"
+        rows.append([str(rank), pool.name, f"{total:,}", f"{active:,}", loss])
+    head = ["", "architecture", "parameters", "active per token", "validation loss"]
+    return compare.table(head, rows, ["--:", "---"] + ["--:"] * 3)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# data
+
+
+def data():
+    """What tools.bench_data measured: the median of its repeats and their spread."""
+    results = json.loads((ROOT / "results/bench-cpu/data.json").read_text(encoding="utf-8"))
+    rows = []
+    for result in results.values():
+        for name, values in result["figures"].items():
+            what, _, unit = name.rpartition(", ")
+            spread = f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            rows.append([what, spread, unit])
+    return compare.table(["", "median", "unit"], rows, ["---", "--:", "---"])
 
 
 # ----------------------------------------------------------------------------------------------------------
 
-TABLES = {"architectures": architectures, "speed": speed, "demonstration": demonstration}
+TABLES = {"architectures": architectures, "speed": speed, "demonstration": demonstration, "data": data}
 
 
 def marks(name):
