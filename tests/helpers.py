@@ -1,4 +1,4 @@
-"""What the tests of the models share: a model to test, closeness, gradients, and the comparison with transformers."""
+"""What the tests of the models share: a model to test, closeness, gradients, comparisons with references."""
 import copy
 import re
 
@@ -14,14 +14,16 @@ from tools import models, weights
 # Models
 
 
-def perturbed(script, **fields):
-    """A small Model that is far from its initial values, 0s and 1s, so that whatever is left out shows."""
+def perturbed(script, std=0.2, **fields):
+    """A small Model that is far from its initial values, 0s and 1s, so that whatever is left out shows.
+
+    std is that of the noise on matrices; vectors, mixers and kernels get more.
+    """
     torch.manual_seed(0)
     model = script.Model(script.Config(**fields))
     for name, parameter in model.named_parameters():
-        is_small = parameter.dim() == 1 or "mix" in name or "conv" in name
-        std = 0.3 if is_small else 0.2
-        parameter.data += std * torch.randn_like(parameter)
+        is_matrix = parameter.dim() > 1 and "mix" not in name and "conv" not in name
+        parameter.data += (std if is_matrix else 0.3) * torch.randn_like(parameter)
     for name, buffer in model.named_buffers():
         if name.endswith("router.bias"):
             buffer += 0.3 * torch.randn_like(buffer)
@@ -60,14 +62,17 @@ def gradients(model, loss):
 
 
 def joined(tensors):
-    """{name: tensor} with an attention's q, k and v in one, to be measured by one scale.
+    """{name: tensor} with what has to be measured by one scale in one tensor.
 
-    Some of their gradients are 0 but for rounding: that of GPT-2's k.bias, and those of q and k in
-    a window of one token.
+    That is an attention's q, k and v, since some of their gradients are 0 but for rounding: that of
+    GPT-2's k.bias, and those of q and k in a window of one token. And MTA's gate: its bias is one
+    number, and so is its gradient, a sum of terms that cancel.
     """
     groups = {}
     for name, tensor in tensors.items():
-        groups.setdefault(re.sub(r"\.[qkv]\.", ".qkv.", name), []).append(tensor.flatten())
+        name = re.sub(r"\.[qkv]\.", ".qkv.", name)
+        name = name.replace("attention.gate.bias", "attention.gate.weight")
+        groups.setdefault(name, []).append(tensor.flatten())
     return {name: torch.cat(group) for name, group in groups.items()}
 
 
@@ -225,7 +230,7 @@ def assert_parity(name, model, idx, targets, relative=1e-5):
 
 
 def assert_real_size(name, script, parameters, flops):
-    """The real model has so many parameters, as transformers' and as its docstring says, and FLOPs per token."""
+    """The real model has so many parameters, as transformers' and as its docstring says, and so many FLOPs."""
     pytest.importorskip("transformers")
     with torch.device("meta"):
         twin = weights.hf_model(name, script.Config())

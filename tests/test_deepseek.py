@@ -1,4 +1,4 @@
-"""DeepSeek-V3 against transformers; its experts, router, auxiliary losses and biases against plain versions."""
+"""DeepSeek-V3 against transformers; its experts, router and auxiliary losses against plain versions."""
 import copy
 import math
 

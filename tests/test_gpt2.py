@@ -55,7 +55,8 @@ def test_the_real_model_has_the_published_size():
 def test_flops_are_what_torch_counts():
     config = Config(**SMALL)
     model = Model(config)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the others count differently
+    # the other kernels are counted differently
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens(2, 24))
     masked = config.n_layer * 2 * config.n_embd * config.block_size  # torch counts the masked half, too
     assert counter.get_total_flops() / 48 == model.flops_per_token() + masked

@@ -2,7 +2,8 @@
 import pytest
 import torch
 from helpers import (assert_close, assert_flex_equals_mask, assert_norm_rounds_once, assert_parity,
-                     assert_real_size, assert_saves_parameters_alone, assert_windows, perturbed, tokens)  # fmt: skip
+                     assert_real_size, assert_saves_parameters_alone, assert_windows,
+                     perturbed, tokens)  # fmt: skip
 
 import train_llama
 import train_mistral
