@@ -160,7 +160,8 @@ def convolve(maps, kernel, rows_above):
 
 def mix(maps, weight):
     """Head mixing (section 3.2): out[h] = sum over g of weight[h, g] maps[g]; maps (B, H, R, U)."""
-    return torch.einsum("hg,bgru->bhru", weight, maps)
+    B, H, R, U = maps.shape
+    return torch.bmm(weight.expand(B, H, H), maps.flatten(2)).view(B, H, R, U)
 
 
 class Attention(nn.Module):
