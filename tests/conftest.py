@@ -40,7 +40,7 @@ def small_sample(sample, tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(script, *options) calls a training script's main() in a temporary folder; returns (status, what it printed)."""
+    """run(script, *options) -> (exit status, what was printed) of its main() in a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(script, *options):

@@ -230,7 +230,7 @@ def assert_parity(name, model, idx, targets, relative=1e-5):
 
 
 def assert_real_size(name, script, parameters, flops):
-    """The real model has so many parameters, as transformers' and as its docstring says, and so many FLOPs."""
+    """The real model has so many parameters, transformers' and its docstring's number, and so many FLOPs."""
     pytest.importorskip("transformers")
     with torch.device("meta"):
         twin = weights.hf_model(name, script.Config())
