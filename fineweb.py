@@ -1264,7 +1264,7 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
 
 
 def with_estimate(items, what, advice):
-    """Yields the items of a list. If all of them will take more than a minute, says how long, and the advice."""
+    """Yields a list's items; if all of them will take over a minute, says how long, and the advice."""
     began = 0.0
     for number, item in enumerate(items):
         if number == 1:  # the first may have been compiled
