@@ -1,7 +1,7 @@
 """Gemma 3 against transformers, its two kinds of layers, and the two ways to compute a window."""
 import pytest
 import torch
-from helpers import (assert_close, assert_flex_equals_mask, assert_norm_rounds_once, assert_parity,
+from helpers import (assert_flex_equals_mask, assert_norm_rounds_once, assert_parity,
                      assert_real_size, assert_saves_parameters_alone, assert_windows,
                      perturbed, tokens)  # fmt: skip
 
