@@ -900,8 +900,9 @@ def main():
 
     # ---- the run's folder and log
     facts = {
-        "script": script.stem, "git": fineweb.git_version(script.parent), "torch": torch.__version__,
-        "device": machine.name, "processes": world, "dtype": f"{machine.dtype} ({machine.why})",
+        "script": script.stem, "script_hash": fineweb.sha256(script)[:16],
+        "git": fineweb.git_version(script.parent), "torch": torch.__version__, "device": machine.name,
+        "processes": world, "dtype": f"{machine.dtype} ({machine.why})",
         "micro_batch": micro_batch, "micro_steps": micro_steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "active_parameters": model.active_parameters(), "flops_per_token": model.flops_per_token(),
