@@ -253,7 +253,7 @@ class Router(nn.Module):
         return chosen, weights, self.balance_loss(scores)
 
     def balance_loss(self, scores):
-        """Eq. 17-20, the mean over the sequences: scores (B, T, E) -> scalar."""
+        """Eq. 17-20, the mean over the sequences, as in tests/reference.py: scores (B, T, E) -> scalar."""
         best = scores.topk(self.n_active).indices  # eq. 18 has neither bias nor groups
         share = torch.zeros_like(scores).scatter(-1, best, 1.0).mean(1)  # (B, E)
         f = share * scores.shape[-1] / self.n_active
@@ -436,15 +436,18 @@ class Model(nn.Module):
         return logits[:, -1], None
 
     @torch.no_grad()
-    def after_step(self):
+    def after_step(self, skipped=False):
         """Called after each optimizer step, on every process. Returns figures for the log.
 
         Moves the routing biases against the load of the whole batch (section 2.1.2), but not in
         the last 0.5T of 14.8T tokens (section 4.2). Figures: the busiest expert's load over the
         mean, averaged over the blocks and in the worst one, and the loads' mean entropy, 1 if even.
+        A skipped step (see main) moves nothing, and its tokens count for nothing.
         """
         routers = [module for module in self.modules() if isinstance(module, Router)]
-        if not routers:
+        if skipped or not routers:
+            for router in routers:
+                router.load.zero_()
             return {}
         load = torch.stack([router.load for router in routers])  # (blocks, E)
         if dist.is_initialized():
@@ -1002,7 +1005,7 @@ def main():
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         norm = norm.item()
-        figures = model.after_step() if math.isfinite(norm) else {}
+        figures = model.after_step(skipped=not math.isfinite(norm))
         loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
         seconds = time.perf_counter() - began
 

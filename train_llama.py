@@ -243,7 +243,7 @@ class Model(nn.Module):
         logits, _ = self(idx[:, -self.config.block_size :])
         return logits[:, -1], None
 
-    def after_step(self):
+    def after_step(self, skipped=False):
         """Called after each optimizer step. Returns figures for the log."""
         return {}
 
@@ -765,7 +765,7 @@ def main():
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         norm = norm.item()
-        figures = model.after_step() if math.isfinite(norm) else {}
+        figures = model.after_step(skipped=not math.isfinite(norm))
         loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
         seconds = time.perf_counter() - began
 

@@ -168,7 +168,10 @@ def can_flex(x):
 
 # The same in Mistral and Gemma.
 def attend(q, k, v, mask):
-    """Attention by a mask, or causal if it is None: q (B, H, T, D), k, v (B, K, T, D) -> (B, H, T, D)."""
+    """Attention by a mask, or causal if it is None: q (B, H, T, D), k, v (B, K, T, D) -> (B, H, T, D).
+
+    Query by query it is in tests/reference.py.
+    """
     if not (mask is None or isinstance(mask, torch.Tensor)):
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -284,7 +287,7 @@ class Model(nn.Module):
         logits, _ = self(idx[:, -self.config.block_size :])
         return logits[:, -1], None
 
-    def after_step(self):
+    def after_step(self, skipped=False):
         """Called after each optimizer step. Returns figures for the log."""
         return {}
 
@@ -807,7 +810,7 @@ def main():
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         norm = norm.item()
-        figures = model.after_step() if math.isfinite(norm) else {}
+        figures = model.after_step(skipped=not math.isfinite(norm))
         loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
         seconds = time.perf_counter() - began
 

@@ -439,7 +439,7 @@ class Model(nn.Module):
         x, state = self.trunk(idx if state is None else idx[:, -1:], state)
         return F.linear(x[:, -1], self.wte.weight), state
 
-    def after_step(self):
+    def after_step(self, skipped=False):
         """Called after each optimizer step. Returns figures for the log."""
         return {}
 
@@ -982,7 +982,7 @@ def main():
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         norm = norm.item()
-        figures = model.after_step() if math.isfinite(norm) else {}
+        figures = model.after_step(skipped=not math.isfinite(norm))
         loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
         seconds = time.perf_counter() - began
 

@@ -353,6 +353,21 @@ def test_one_batch_of_four_equals_four_of_one():
         assert torch.equal(rows[f"bias {i}"], whole[f"bias {i}"])
 
 
+def test_a_skipped_step_moves_and_counts_nothing():
+    torch.manual_seed(0)
+    straight = Model(Config(**SMALL))
+    straight(*batch(seed=1))
+    assert straight.after_step(skipped=True) == {}
+    assert straight.step == 0 and all((router.bias == 0).all() for router in routers(straight))
+    resumed = Model(straight.config)
+    resumed.load_state_dict(straight.state_dict())
+    for model in (straight, resumed):
+        model(*batch(seed=2))
+        model.after_step()
+    for a, b in zip(routers(straight), routers(resumed), strict=True):
+        assert torch.equal(a.bias, b.bias) and (a.bias != 0).any()
+
+
 def test_only_training_counts():
     model = perturbed(train_deepseek, **SMALL).eval()
     state = copy.deepcopy(model.state_dict())
