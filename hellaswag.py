@@ -128,10 +128,14 @@ def make_batches(items, convention, encode, block_size, items_per_batch=ITEMS_PE
     characters = []
     for item in items:
         context, endings = prompt_and_endings(item, convention)
+        spaces = ""
+        if convention == "harness":  # it moves a context's trailing spaces into the ending
+            spaces = context[len(context.rstrip()) :]
+            context = context.rstrip()
         prefix = encode(context)
         rows = []
         for ending in endings:
-            tokens = encode(" " + ending)
+            tokens = encode(spaces + " " + ending)
             row = (prefix + tokens)[-(block_size + 1) :]
             rows.append((row, min(len(tokens), len(row) - 1)))
         rows_of.append(rows)

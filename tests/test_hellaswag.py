@@ -104,6 +104,47 @@ def test_harness_preprocessing_equals_lm_evaluation_harness():
     assert hellaswag.clean("x [a] [b] y") == "x  y"  # one pass, as theirs
 
 
+def encode_pair(encode, context, continuation):
+    """lm-evaluation-harness' TemplateLM._encode_pair, in our words."""
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces > 0:
+        continuation = context[-n_spaces:] + continuation
+        context = context[:-n_spaces]
+    whole = encode(context + continuation)
+    prefix = encode(context)
+    return prefix, whole[len(prefix) :]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_harness_splits_the_tokens_as_lm_evaluation_harness(tokenizer):
+    """Contexts with trailing spaces, as a bracket at the end leaves them, and everything else that is odd."""
+    try:
+        encode = fineweb.get_tokenizer(tokenizer).encode_ordinary
+    except SystemExit:
+        pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
+    pieces = ["He", " ran", "[header]", " [title] Go", " ", "  ", ".", ", it's", "\n", "\t", " 12", "é", " -- "]
+    generator = np.random.default_rng(0)
+    items = []
+    for _ in range(300):
+        ctx_a, ctx_b, *endings = ["A" + "".join(generator.choice(pieces, 6)) for _ in range(6)]
+        item = {"activity_label": "Run", "ctx_a": ctx_a, "ctx_b": generator.choice([ctx_b, ""])}
+        items.append(item | {"ctx": ctx_a, "endings": endings, "label": 0})
+    contexts = [hellaswag.prompt_and_endings(item, "harness")[0] for item in items]
+    assert sum(context != context.rstrip() for context in contexts) >= 20
+    seen = 0
+    for numbers, inputs, targets, _ in hellaswag.make_batches(items, "harness", encode, 1024):
+        for place, number in enumerate(numbers):
+            context, endings = hellaswag.prompt_and_endings(items[number], "harness")
+            for k, ending in enumerate(endings):
+                prefix, tokens = encode_pair(encode, context, " " + ending)
+                row, target = inputs[4 * place + k], targets[4 * place + k]
+                assert row[: len(prefix + tokens) - 1].tolist() == (prefix + tokens)[:-1]
+                assert target[target >= 0].tolist() == tokens
+                assert (target[: len(prefix) - 1] == -1).all()
+                seen += 1
+    assert seen == 1200
+
+
 def test_targets_are_the_endings_and_nothing_else():
     items = random_items(20)
     seen = set()
