@@ -415,7 +415,7 @@ class Model(nn.Module):
         loss = head_loss(self.norm(x), self.wte.weight, targets, reduction)
         if self.training and reduction == "mean":
             auxiliary = balance + self.mtp_loss(x, embd, targets, rope)
-            loss = loss + auxiliary - auxiliary.detach()
+            loss = loss + (auxiliary - auxiliary.detach())  # adds a gradient and exactly 0
         return None, loss
 
     def mtp_loss(self, x, embd, targets, rope):
