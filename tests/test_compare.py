@@ -1,15 +1,21 @@
 """The comparison of runs, on logs whose answers are known."""
 import importlib
+import itertools
 import json
 import math
+import random
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from tools import compare
+import fineweb
+from tools import compare, verdicts
 
 SCRIPT = importlib.import_module("train_gpt2")
+RWKV = importlib.import_module("train_rwkv")
 DEMO = ROOT / "results/demo"
 
 
@@ -86,38 +92,140 @@ def rows(said):
 # ---- statistics
 
 
-def test_sign_test_against_values_worked_by_hand():
+def test_mcnemar_against_values_worked_by_hand():
     # 1 win, 7 losses: 2 (C(8,0) + C(8,1)) / 2^8 = 18 / 256
-    assert compare.sign_test([1] + [0] * 7 + [1, 0], [0] + [1] * 7 + [1, 0]) == pytest.approx(18 / 256)
+    assert verdicts.mcnemar([1] + [0] * 7 + [1, 0], [0] + [1] * 7 + [1, 0]) == pytest.approx(18 / 256)
     # 10 and 25 of 35 discordant
-    assert compare.sign_test([1] * 10 + [0] * 25, [0] * 10 + [1] * 25) == pytest.approx(0.0166738, abs=1e-7)
-    assert compare.sign_test([1, 0], [1, 0]) == 1.0
-    assert compare.sign_test([1, 0], [0, 1]) == 1.0
-    assert 0 < compare.sign_test([1] * 900 + [0] * 1100, [0] * 900 + [1] * 1100) < 1e-4  # no overflow
+    assert verdicts.mcnemar([1] * 10 + [0] * 25, [0] * 10 + [1] * 25) == pytest.approx(0.0166738, abs=1e-7)
+    assert verdicts.mcnemar([1, 0], [1, 0]) == 1.0
+    assert verdicts.mcnemar([1, 0], [0, 1]) == 1.0
+    assert 0 < verdicts.mcnemar([1] * 900 + [0] * 1100, [0] * 900 + [1] * 1100) < 1e-4  # no overflow
     wins, n = 40, 100
     exact = 2 * sum(math.comb(n, k) for k in range(wins + 1)) / 2**n
-    assert compare.sign_test([1] * 40 + [0] * 60, [0] * 40 + [1] * 60) == pytest.approx(exact)
+    assert verdicts.mcnemar([1] * 40 + [0] * 60, [0] * 40 + [1] * 60) == pytest.approx(exact)
 
 
 def test_holm_by_hand():
-    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert compare.holm([0.5]) == [0.5]
-    assert compare.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert verdicts.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert verdicts.holm([0.5]) == [0.5]
+    assert verdicts.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_welch_by_hand():
+def test_losses_by_hand_and_by_scipy():
+    from scipy.stats import ttest_ind, ttest_rel
+
     # means 2 and 5, variances 1 and 1 with n = 3 each: 4 degrees of freedom, where t is 2.77645
-    difference, width = compare.welch([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
-    assert difference == -3
-    assert width == pytest.approx(2.77645 * math.sqrt(2 / 3), rel=1e-5)
-    assert compare.welch([1.0], [2.0, 3.0]) == (-1.5, None)
-    assert compare.welch([2.0, 2.0], [1.0, 1.0]) == (1.0, 0.0)
+    welch = verdicts.compare_losses({1: 1.0, 2: 2.0, 3: 3.0}, {4: 4.0, 5: 5.0, 6: 6.0})
+    assert welch.difference == -3 and welch.how == "Welch, 3 and 3 seeds"
+    assert welch.half == pytest.approx(2.77645 * math.sqrt(2 / 3), rel=1e-5)
+    assert welch.p == pytest.approx(ttest_ind([1, 2, 3], [4, 5, 6], equal_var=False).pvalue)
+    # one seed in common is no pair; three are, whatever the others say
+    assert verdicts.compare_losses({1: 1.0, 2: 2.0}, {1: 4.0, 3: 5.0}).how == "Welch, 2 and 2 seeds"
+    paired = verdicts.compare_losses({1: 1.0, 2: 2.0, 3: 4.0, 8: 90.0}, {3: 3.5, 1: 0.9, 2: 1.7, 9: 50.0})
+    by_scipy = ttest_rel([1.0, 2.0, 4.0], [0.9, 1.7, 3.5])
+    assert paired.how == "paired, 3 seeds" and paired.difference == pytest.approx(0.3)
+    assert paired.p == pytest.approx(by_scipy.pvalue)
+    assert paired.half == pytest.approx(by_scipy.confidence_interval(0.95).high - 0.3)
+    one = verdicts.compare_losses({1: 1.0}, {1: 2.0, 2: 3.0})
+    assert (one.difference, one.half, one.p) == (-1.5, None, None)
+    same = verdicts.compare_losses({1: 2.0, 2: 3.0}, {1: 2.0, 2: 3.0})
+    assert (same.difference, same.half, same.p) == (0.0, 0.0, 1.0)
+
+
+def test_accuracies_of_seeds_that_differ_are_not_told_by_the_items_alone():
+    """The items say with certainty that the models differ; three seeds say that it is the seeds."""
+    n = 1000
+    a = {1: [True] * 900 + [False] * 100, 2: [True] * 500 + [False] * 500, 3: [True] * 850 + [False] * 150}
+    b = {4: [True] * 500 + [False] * 500, 5: [True] * 620 + [False] * 380, 6: [True] * 560 + [False] * 440}
+    assert verdicts.mcnemar(a[1], b[4]) < 1e-100
+    result = verdicts.compare_answers(a, b)
+    assert result.difference == pytest.approx(0.19) and result.p > 0.1 and result.half > 0.19
+    # paired, with the same difference for each seed: what is left is the items' variance
+    b = {seed: right[: n - 100] + [False] * 100 for seed, right in a.items()}
+    b = {seed: [False] * 50 + right[50:] for seed, right in b.items()}
+    result = verdicts.compare_answers(a, b)
+    shares = np.array([1.0] * 50 + [0.0] * 950)
+    assert result.difference == pytest.approx(0.05)
+    assert result.half == pytest.approx(1.9623 * shares.std(ddof=1) / math.sqrt(n), rel=1e-3)
+    assert verdicts.compare_answers(a, {1: [True], 2: [True]}) is None
+
+
+class Simulated:
+    """As much of a Pool as the verdicts need."""
+
+    def __init__(self, by_seed, right):
+        self.by_seed = by_seed
+        self.right = right
+
+    def losses_by_seed(self):
+        return self.by_seed
+
+    def answers(self, key):
+        return self.right
+
+
+def simulate(rng, seeds, shift=0.0, items=0):
+    """A study: for each entry of seeds an architecture with these seeds; the first one's loss is shifted.
+
+    Losses have a part that the order of the data gives to all with a seed, and a part of their own with a
+    standard deviation of 1. Items are of all difficulties; a seed makes a model 3 points better or worse.
+    """
+    order = rng.normal(size=1 + max(map(max, seeds)))
+    difficulty = rng.uniform(0.2, 0.9, size=items)
+    pools = []
+    for number, own_seeds in enumerate(seeds):
+        losses = {}
+        right = {}
+        for seed in own_seeds:
+            losses[seed] = 100 + order[seed] + rng.normal() + shift * (number == 0)
+            skill = np.clip(difficulty + 0.03 * rng.normal(), 0, 1)
+            right[seed] = (rng.uniform(size=items) < skill).tolist()
+        pools.append(Simulated(losses, right if items else None))
+    return pools
+
+
+@pytest.mark.parametrize("seeds", [
+    [(1, 2, 3)] * 5,  # paired
+    [(1, 2, 3), (4, 5, 6, 7), (8, 9, 10), (11, 12, 13, 14, 15)],  # no seeds in common: Welch
+    [(1, 2, 3), (2, 3, 4), (5, 6, 7)],  # some
+])  # fmt: skip
+def test_equal_architectures_are_told_apart_in_at_most_one_study_of_twenty(seeds):
+    rng = np.random.default_rng(0)
+    studies = 400
+    by_loss = 0
+    by_accuracy = 0
+    for _ in range(studies):
+        pairs = verdicts.compare_pairs(simulate(rng, seeds, items=200), "score")
+        by_loss += any(pair.verdict() != verdicts.UNTOLD for pair in pairs)
+        by_accuracy += any(pair.accuracy_p < 0.05 for pair in pairs)
+    print(f"false verdicts: {by_loss} of {studies} studies by loss, {by_accuracy} by accuracy")
+    assert by_loss <= 0.05 * studies
+    assert by_accuracy <= 0.05 * studies
+
+
+@pytest.mark.parametrize("architectures, seeds, shift, least, most", [
+    (2, 3, 5, 0.75, 0.95),
+    (2, 5, 4, 0.95, 1),
+    (7, 3, 10, 0.2, 0.5),  # with 21 pairs three seeds find large differences only
+    (7, 5, 10, 0.95, 1),
+])  # fmt: skip
+def test_power(architectures, seeds, shift, least, most):
+    """How often the better of otherwise equal architectures is told from another one: shift in sd of a seed."""
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        pools = simulate(rng, [range(seeds)] * architectures, shift=-shift)
+        pair = verdicts.compare_pairs(pools, None)[0]
+        assert pair.verdict() != verdicts.HIGHER
+        found += pair.verdict() == verdicts.LOWER
+    print(f"power: {found / 200:.0%}")
+    assert least <= found / 200 <= most
 
 
 # ---- the report
 
 
-def test_a_real_difference_and_one_that_is_none(tmp_path, run_tool):
+def test_one_seed_says_something_of_models_only(tmp_path, run_tool):
     write_run(tmp_path / "a", right=200, n_layer=1)
     write_run(tmp_path / "b", right=260, n_layer=2, losses=(5.0, 4.0, 2.5))
     write_run(tmp_path / "c", right=264, n_layer=3, losses=(5.0, 4.0, 2.4))
@@ -125,37 +233,60 @@ def test_a_real_difference_and_one_that_is_none(tmp_path, run_tool):
     status, said = run_tool(*folders, "--out", tmp_path / "report", pictures=True)
     assert status == 0, said
     pairs = rows(said)
-    loss, accuracy, p, verdict = pairs["gpt2 (a) – gpt2 (b)"]
-    assert loss == "+0.5000 (one seed: no interval)"
-    assert accuracy == "-15.00" and verdict == "worse"
-    assert float(p) < 1e-10
-    loss, accuracy, p, verdict = pairs["gpt2 (b) – gpt2 (c)"]
+    loss, how, p, verdict, accuracy, accuracy_p = pairs["gpt2 (b) – gpt2 (a)"]
+    assert (loss, how, p) == ("-0.5000", "one seed: no interval", "–")
+    assert accuracy.startswith("+15.00 ± ")
+    assert verdict == "these two models differ; of the architectures one seed says nothing"
+    assert float(accuracy_p) < 1e-10
+    *_, verdict, accuracy, accuracy_p = pairs["gpt2 (c) – gpt2 (b)"]
     assert verdict == "not distinguishable"  # 4 items to none: p = 1/8 even uncorrected
-    assert float(p) == pytest.approx(0.125)
+    assert float(accuracy_p) == pytest.approx(0.125)
+    assert "better" not in said.replace("Which is better", "") and "lower loss" not in said
+    expected = "Of three, gpt2 (c) has the lowest validation loss, 2.4000 (one seed: no interval)"
+    assert expected + "; of the architectures one seed says nothing." in said
     assert [pairs[rank][0] for rank in "123"] == ["gpt2 (c)", "gpt2 (b)", "gpt2 (a)"]
     names = {path.name for path in (tmp_path / "report").iterdir()}
     pictures = {"loss_tokens", "loss_flops", "loss_time", "cloze_nanogpt", "cloze_nanogpt_bars"}
     assert names == {"leaderboard.md", "index.html"} | {f"{picture}.png" for picture in pictures}
     page = (tmp_path / "report/index.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page
-    assert page.count("<table>") == 3 and "<strong>gpt2 (a)</strong>" in page
+    assert page.count("<table>") == 4 and "<strong>gpt2 (a)</strong>" in page
     assert "not distinguishable" in page
 
 
 def test_seeds_are_pooled(tmp_path, run_tool):
-    for seed, (a, b) in enumerate(((3.0, 2.0), (3.1, 2.1), (3.2, 2.2))):
+    for seed, (a, b) in enumerate(((3.0, 2.0), (3.1, 2.2), (3.2, 2.1))):
         write_run(tmp_path / f"a{seed}", losses=(5.0, a), seed=seed, n_layer=1, right=100)
         write_run(tmp_path / f"b{seed}", losses=(5.0, b), seed=seed, n_layer=2, right=100 + 40 * (seed == 1))
     folders = sorted(tmp_path.iterdir())
     status, said = run_tool(*folders, "--out", tmp_path / "report")
-    assert status == 0 and "3.1000 ± 0.1000" in said and "2.1000 ± 0.1000" in said
-    width = 2.77645 * math.sqrt(2 * 0.01 / 3)
-    assert f"+1.0000 ± {width:.4f}" in said
+    # everywhere the half of a 95% interval: t of 2 degrees of freedom is 4.30265
+    half = f"{4.30265 * 0.1 / math.sqrt(3):.4f}"
+    assert status == 0 and f"3.1000 ± {half}" in said and f"2.1000 ± {half}" in said
+    assert said.count("± is half of a 95% interval's width everywhere") == 1
     table = rows(said)
+    loss, how, p, verdict, accuracy, accuracy_p = table["gpt2 (b0) – gpt2 (a0)"]
+    assert (loss, how, verdict) == (f"-1.0000 ± {half}", "paired, 3 seeds", "lower loss")
+    assert float(p) == pytest.approx(0.0033, abs=1e-4)
     assert table["1"][-1] == table["2"][-1] == "3"  # seeds
     assert "3" not in table
-    # forty items were right in one seed of b and in none of a: forty wins to none
-    assert f"{2 / 2**40:.3g}" in said
+    # forty items were right in one seed of b and in none of a: that is one seed of three
+    assert accuracy.startswith("+3.33 ± ") and float(accuracy_p) > 0.3
+    expected = f"Of two, gpt2 (b0) has the lowest validation loss, 2.1000 ± {half} (95% interval over 3 seeds)"
+    assert expected + ", and that is lower than the loss of each other one." in said
+
+
+def test_the_first_line_names_what_can_not_be_told(tmp_path, run_tool):
+    for seed in (1, 2, 3):
+        own = seed / 100
+        write_run(tmp_path / f"a{seed}", losses=(5.0, 2 + own), seed=seed, n_layer=1)
+        write_run(tmp_path / f"b{seed}", losses=(5.0, 2.02 + own**2), seed=seed, n_layer=2)
+        write_run(tmp_path / f"c{seed}", losses=(5.0, 3 + own**2), seed=seed, n_layer=3)
+    write_run(tmp_path / "d", losses=(5.0, 2.3), seed=1, n_layer=4)
+    status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
+    first = said.splitlines()[2]
+    assert status == 0 and first.startswith("Of four, gpt2 (a1) has the lowest validation loss, 2.0200 ± ")
+    assert first.endswith("; it can't be told from gpt2 (b1); one seed says nothing of gpt2 (d).")
 
 
 def test_unfair_runs_are_ranked_apart_with_the_reason(tmp_path, run_tool):
@@ -282,12 +413,162 @@ def test_a_run_that_was_changed_midway_is_not_ranked_with_the_others(tmp_path, r
     assert status == 0 and "max_lr changed between its first step and its last" in said
 
 
-def test_only_what_is_the_papers_is_called_so(tmp_path):
-    rwkv = importlib.import_module("train_rwkv")
-    fields = {**vars(rwkv.Config()), **rwkv.RECIPE, "max_lr": 3e-3, "max_steps": 20}
-    run = compare.read_run(write_run(tmp_path / "rwkv", script="train_rwkv", own=fields))
-    recipe = compare.conditions(compare.Pool("rwkv", [run]))["recipe"]
-    assert recipe["max_lr"] == 3e-3 and recipe["beta2"] == "the paper's"
+# ---- equal conditions
+
+
+def make_run(script, folder="log/x", script_hash=None, seed=1, loss=3.0, **fields):
+    """A finished Run without files. fields: of its config, where they are not the shared ones."""
+    own = importlib.import_module(script)
+    config = {**vars(own.Config(max_steps=20, seed=seed)), **fields}
+    facts = {
+        "script": script, "config": config, "parameters": 1000, "flops_per_token": 2000.0, "processes": 1,
+        "data": {"tokenizer": "bytes", "fingerprint": fields.pop("fingerprint", "f")},
+    }  # fmt: skip
+    val = {0: 5.0, config["max_steps"]: loss}
+    return compare.Run(Path(folder), facts, script_hash, [], {}, val, {}, {})
+
+
+def names_of(runs):
+    """The groups that runs fall into, as lists of sorted names."""
+    return [sorted(pool.name for pool in group) for group, _ in compare.fair_groups(compare.pool_runs(runs))]
+
+
+def test_groups_do_not_depend_on_the_order_of_the_runs():
+    runs = [
+        make_run("train_rwkv", "log/rwkv", **RWKV.RECIPE),
+        make_run("train_gpt2", "log/gpt2"),
+        make_run("train_llama", "log/llama", weight_decay=0.01),
+        make_run("train_gemma", "log/gemma", beta2=0.999),
+    ]
+    for order in itertools.permutations(runs):
+        assert names_of(order) == [["gpt2", "rwkv"], ["gemma"], ["llama"]]
+
+
+def random_run(rng, number):
+    """A run with fields that are the shared ones, its paper's, another paper's or nobody's."""
+    script = rng.choice(["train_gpt2", "train_llama", "train_rwkv"])
+    fields = {"recipe": rng.choice(["paper", "shared"]), "block_size": rng.choice([128, 128, 256])}
+    for name in ("beta2", "adam_eps", "max_lr"):
+        shared = getattr(SCRIPT.Config, name)
+        fields[name] = rng.choice([shared, shared, RWKV.RECIPE[name], 0.5])
+    return make_run(script, f"log/{number}", loss=rng.random(), **fields)
+
+
+def test_equal_conditions_are_an_equivalence():
+    rng = random.Random(0)
+    runs = [random_run(rng, number) for number in range(60)]
+    alike = {(a, b): not compare.unlike(runs[a], runs[b]) for a in range(60) for b in range(60)}
+    assert 60 < sum(alike.values()) < 60 * 60 / 2
+    for (a, b), equal in alike.items():
+        assert alike[a, a] and equal == alike[b, a]
+        for c in range(60):
+            if equal and alike[b, c]:
+                assert alike[a, c]
+    groups = names_of(runs)
+    for _ in range(5):
+        rng.shuffle(runs)
+        assert names_of(runs) == groups
+    # the one exemption: a run's own paper's value counts as the shared one
+    assert not compare.unlike(make_run("train_rwkv", beta2=0.99), make_run("train_gpt2"))
+    assert compare.unlike(make_run("train_rwkv", beta2=0.99, recipe="shared"), make_run("train_gpt2"))
+    assert compare.unlike(make_run("train_gpt2", beta2=0.99), make_run("train_rwkv", beta2=0.99))
+
+
+def test_what_a_paper_prescribes_is_in_the_row(tmp_path, run_tool):
+    config = {**vars(RWKV.Config()), **RWKV.RECIPE, "max_lr": 3e-3, "min_lr": 6e-5, "max_steps": 20}
+    write_run(tmp_path / "rwkv", script="train_rwkv", own={**config, "warmup_steps": 715})
+    write_run(tmp_path / "shared", script="train_rwkv", own={**vars(RWKV.Config()), "max_steps": 20})
+    write_run(tmp_path / "gpt2", max_lr=3e-3, min_lr=6e-5)
+    status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
+    assert status == 0
+    main, apart = said.split("## Not comparable")
+    assert "| rwkv (rwkv) (its paper's beta2 0.99, adam_eps 1e-18) |" in main and "| gpt2 |" in main
+    assert "| rwkv (shared) |" in apart and "max_lr is 0.0006, not 0.003" in apart
+    assert said.count("--recipe shared") == 1
+
+
+def test_seeds_may_differ():
+    runs = [make_run("train_gpt2", f"log/g{seed}", seed=seed) for seed in (1, 2, 3)]
+    runs += [make_run("train_llama", f"log/l{seed}", seed=seed) for seed in (4, 5)]
+    ((group, _),) = compare.fair_groups(compare.pool_runs(runs))
+    (pair,) = verdicts.compare_pairs(group, None)
+    assert pair.loss.how == "Welch, 3 and 2 seeds"
+
+
+# ---- edited scripts and repeated runs
+
+
+def with_script(folder, *texts):
+    """Puts copies of a script into a run's folder, the last one as what it ran; returns the folder."""
+    for text in texts:
+        script = folder.parent / "train_gpt2.py"
+        script.write_text(text)
+        fineweb.keep_copy(script, folder)
+        script_hash = compare.hash_file(script)
+        script.unlink()
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), "script_hash": script_hash})
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("has_diff", [True, False])
+def test_an_edited_script_is_another_model(has_diff, tmp_path, run_tool, monkeypatch):
+    if not has_diff:
+        monkeypatch.setattr(compare.shutil, "which", lambda name: None)
+    original = (ROOT / "train_gpt2.py").read_text()
+    edited = original.replace("import argparse\n", "import argparse\nimport abc\n").replace("B batch", "B rows")
+    log = tmp_path / "log"
+    with_script(write_run(log / "a1", seed=1), original)
+    with_script(write_run(log / "a2", seed=2), "something else\n", original)
+    with_script(write_run(log / "b", seed=3, losses=(5.0, 4.0, 2.0)), edited)
+    with_script(write_run(log / "c", seed=3, n_layer=5), original)
+    gone = with_script(write_run(log / "d", seed=4), "no copy of this\n")
+    (gone / "train_gpt2.py").unlink()
+    write_run(log / "old", seed=5)
+    status, said = run_tool(*sorted(log.iterdir()), "--out", tmp_path / "report")
+    assert status == 0, said
+    board, differs = said.split("## What differs")
+    differs = rows(differs)
+    assert differs["gpt2 (b)"] == ["gpt2 (a1)", "edited script, 3 lines"]
+    assert differs["gpt2 (c)"] == ["gpt2 (a1)", "n_layer 5, not 12"]
+    assert differs["gpt2 (d)"] == ["gpt2 (a1)", "edited script"]
+    assert differs["gpt2 (old)"] == ["gpt2 (a1)", "perhaps another script: one of the two logs doesn't say"]
+    ranked = [line.split("|") for line in board.splitlines()]
+    seeds = {cells[2].strip(): cells[-2].strip() for cells in ranked if len(cells) == 13}
+    assert seeds["gpt2 (a1)"] == "2" and seeds["gpt2 (b)"] == "1"
+
+
+def test_an_older_log_has_its_script_by_the_copy(tmp_path):
+    with_script(write_run(tmp_path / "new", seed=1), "one\n")
+    old = write_run(tmp_path / "old", seed=2)
+    for name, text in (("train_gpt2.py", "two\n"), ("train_gpt2.2.py", "one\n")):
+        (old / name).write_text(text)
+    (pool,) = compare.pool_runs([compare.read_run(tmp_path / name) for name in ("new", "old")])
+    assert pool.name == "gpt2" and len(pool.runs) == 2
+
+
+def test_a_script_that_was_edited_midway(tmp_path):
+    folder = with_script(write_run(tmp_path / "a"), "one\n")
+    add(folder, {"config": {}, "script_hash": "another"}, {"event": "train", "step": 20, "ms": 1.0},
+        {"event": "val", "step": 20, "loss": 2.0})  # fmt: skip
+    run = compare.read_run(folder)
+    assert run.changed == ["the script"] and run.script_hash == "another"
+
+
+def test_a_repeated_seed_is_no_second_seed(tmp_path, run_tool):
+    write_run(tmp_path / "a", seed=1, losses=(5.0, 4.0), facts={"time": 1.0}, run_name="a")
+    write_run(tmp_path / "again", seed=1, losses=(5.0, 3.0), facts={"time": 2.0}, device="cpu")
+    write_run(tmp_path / "begun", seed=1, losses=(5.0,), facts={"time": 3.0}, max_steps=10)
+    write_run(tmp_path / "b", seed=2, losses=(5.0, 4.0))
+    folders = sorted(tmp_path.iterdir())
+    for order in (folders, folders[::-1], [*folders, folders[0]]):
+        status, said = run_tool(*order, "--out", tmp_path / "report")
+        assert status == 0, said
+        line = f"{tmp_path}/{{}} is no second seed: it has seed 1 and all else in common with {tmp_path}/again"
+        assert line.format("a") + ", which is newer." in said
+        assert line.format("begun") + ", which finished." in said
+        assert "3.5000 ± " in said and rows(said)["1"][-1] == "2" and "2" not in rows(said)
 
 
 # ---- reference bands

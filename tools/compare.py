@@ -5,26 +5,29 @@ Which architecture is better, by how much, and is it real?
     python -m tools.compare log/* --save_reference results/x.jsonl    # the band of these runs
     python -m tools.compare log/mine --against results/x.jsonl        # is my curve inside it?
 
-Reads each run's log.jsonl and its predictions item by item. Runs that differ in the seed only are pooled.
-Only runs that saw the same tokens in the same windows, were validated on the same ones and trained by the
-same recipe are ranked together; the others get a table of their own, with the reason. An unfinished run is
-shown, but not ranked.
+Reads each run's log.jsonl and its predictions item by item. Runs of the same script, to the letter, that
+differ in the seed only are pooled. Only runs that saw the same tokens in the same windows, were validated
+on the same ones and trained by the same recipe are ranked together; the others get a table of their own,
+with the reason. What a run's own paper prescribes instead of a shared value does not set it apart, but is
+printed in its row. An unfinished run is shown, but not ranked.
 
-Differences of validation losses have Welch's 95% t interval where there are several seeds. Differences
-of accuracies are tested item by item: by the exact McNemar test, or where seeds are pooled by a sign test
-on each item's share of right answers. p-values have Holm's correction for the number of pairs.
+Verdicts are by the final validation loss over seeds: see tools/verdicts.py.
 """
 import argparse
 import base64
 import dataclasses
+import difflib
 import importlib
 import json
 import math
+import shutil
 import statistics
 import string
+import subprocess
 from pathlib import Path
 
 import fineweb
+from tools import verdicts
 from tools.models import count_parameters
 from tools.pictures import draw
 
@@ -33,11 +36,12 @@ RECIPE_FIELDS = (
     "max_lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip",
 )  # fmt: skip
 CONDITION_FIELDS = ("max_steps", "batch_tokens", "val_tokens", "block_size", "train_shards", "seed", "recipe")
-# what may differ between runs that are pooled
+# what may differ between runs that are pooled, beside the seed
 VARYING_FIELDS = (
-    "seed", "run_name", "data_dir", "hellaswag", "device", "micro_batch", "compile", "log_every", "prompt",
+    "run_name", "data_dir", "hellaswag", "device", "micro_batch", "compile", "log_every", "prompt",
     "sample_tokens",
 )  # fmt: skip
+HASH_DIGITS = 16  # of the sha256 of a script's file that the logs have
 # Logs from before these fields were renamed, such as results/demo's: {script: {old name: today's}}
 RENAMED_FIELDS = {
     "train_deepseek": {"expert_width": "n_inner_expert", "dense_width": "n_inner"},
@@ -59,6 +63,7 @@ class Run:
 
     folder: Path
     facts: dict
+    script_hash: str | None  # of the script's text; None if neither the log nor a copy tells it
     changed: list  # conditions that were not the same from its first step to its last
     train: dict
     val: dict
@@ -81,6 +86,16 @@ class Run:
     def architecture(self):
         return self.facts["script"].removeprefix("train_")
 
+    @property
+    def seed(self):
+        return self.config["seed"]
+
+    def fixed_config(self):
+        """Its config under today's names, without the fields that may differ between runs of a pool."""
+        renamed = RENAMED_FIELDS.get(self.facts["script"], {})
+        fields = {renamed.get(name, name): value for name, value in self.config.items()}
+        return {name: value for name, value in fields.items() if name not in (*VARYING_FIELDS, "seed")}
+
     def newest_score(self, key):
         return self.scores[key][max(self.scores[key])]
 
@@ -101,6 +116,10 @@ class Log:
         self.train = {}  # step -> event
         self.val = []  # (the start it was in, step, loss)
         self.scores = {}  # (task, convention) -> {step: event}
+
+    def training(self):
+        """The starts that trained; of a run that took no step the last one."""
+        return [self.starts[i] for i in sorted(self.trained)] or self.starts[-1:]
 
     def add(self, event):
         """Raises KeyError, TypeError, ValueError or IndexError for what is no event of a run."""
@@ -145,6 +164,39 @@ def fixed_conditions(start):
     return {name: start["config"][name] for name in names} | start["data"]
 
 
+def hash_file(path):
+    """A script's hash as the logs have it."""
+    return fineweb.sha256(path)[:HASH_DIGITS]
+
+
+def script_copies(folder, name):
+    """The copies of a script in a run's folder, train_x.py, train_x.2.py and so on, the newest last."""
+    copies = [folder / f"{name}.py"]
+    while copies[-1].is_file():
+        copies.append(folder / f"{name}.{len(copies) + 1}.py")
+    return copies[:-1]
+
+
+def find_copy(folder, name, script_hash):
+    """The copy of a script with a hash, the newest one if the hash is None; None if there is no such copy."""
+    for copy in reversed(script_copies(folder, name)):
+        if script_hash in (None, hash_file(copy)):
+            return copy
+    return None
+
+
+def trained_hash(folder, training):
+    """(hash of the script that trained last, or None, whether another one trained before it).
+
+    Logs from before the scripts logged it lack the hash; then the newest copy tells it.
+    """
+    hashes = [start["script_hash"] for start in training if "script_hash" in start]
+    if hashes:
+        return hashes[-1], len(set(hashes)) > 1
+    copy = find_copy(folder, training[-1]["script"], None)
+    return (hash_file(copy) if copy else None), False
+
+
 def read_predictions(folder, key):
     """Which items a run got right in its newest score, or None if its predictions can't be read."""
     task, convention = key
@@ -163,12 +215,15 @@ def read_run(folder):
     if not path.is_file():
         raise Unreadable("has no log.jsonl")
     log = read_log(path)
-    training = [log.starts[i] for i in sorted(log.trained)] or log.starts[-1:]
+    training = log.training()
     facts = training[-1]  # a later --eval may have had other options or processes
     fixed = fixed_conditions(facts)
     changed = set()
     for start in training:
         changed |= {name for name, value in fixed_conditions(start).items() if value != fixed.get(name)}
+    script_hash, edited = trained_hash(folder, training)
+    if edited:
+        changed.add("the script")
     val = {}
     for start, step, loss in log.val:
         here = fixed_conditions(start)
@@ -181,12 +236,12 @@ def read_run(folder):
         answers = read_predictions(folder, key)
         if answers is not None:
             right[key] = answers
-    return Run(folder, facts, sorted(changed), log.train, val, log.scores, right)
+    return Run(folder, facts, script_hash, sorted(changed), log.train, val, log.scores, right)
 
 
 @dataclasses.dataclass
 class Pool:
-    """Runs of one architecture and config that differ in the seed only, or one unfinished run."""
+    """Runs of one script and config with different seeds, or one unfinished run."""
 
     name: str
     runs: list
@@ -202,19 +257,35 @@ class Pool:
     def losses(self):
         return [run.val[run.steps] for run in self.runs]
 
+    def losses_by_seed(self):
+        return {run.seed: run.val[run.steps] for run in self.runs}
+
     def loss(self):
         return statistics.mean(self.losses())
+
+    def answers(self, key):
+        """{seed: which items were right} by a score, None unless all have predictions of the same items."""
+        answers = {run.seed: run.right.get(key) for run in self.runs}
+        if None in answers.values() or len(set(map(len, answers.values()))) != 1:
+            return None
+        return answers
 
     def items(self, key):
         """How many items a score has."""
         return self.first.newest_score(key)["n"]
 
     def accuracy(self, key):
-        """(mean acc_norm over the seeds, standard error over the items), None if not all were scored."""
+        """(mean acc_norm over the seeds, its error), None if not all were scored.
+
+        1.96 errors are half of the 95% interval's width, over seeds and items.
+        """
         if not all(key in run.scores for run in self.runs):
             return None
         mean = statistics.mean(run.newest_score(key)["acc_norm"] for run in self.runs)
-        return mean, math.sqrt(mean * (1 - mean) / self.items(key))
+        answers = self.answers(key)
+        if answers:
+            return mean, verdicts.half_accuracy(answers) / 1.96
+        return mean, math.sqrt(mean * (1 - mean) / self.items(key))  # over the items alone
 
     def curve(self, of):
         """[(step, mean)] over the seeds of {step: value}, at the steps that all of them have."""
@@ -223,19 +294,51 @@ class Pool:
         return [(step, statistics.mean(curve[step] for curve in curves)) for step in sorted(steps)]
 
 
-def pool_runs(runs):
-    """The runs as a list of Pool."""
+def preference(run):
+    """Of runs that repeat each other the one with the largest preference is kept."""
+    return run.finished, run.facts.get("time", 0), str(run.folder)
+
+
+def without_repeats(runs):
+    """(the runs without those that repeat another one, seed and all, a line on each that was dropped)."""
     groups = {}
     for run in runs:
-        same = {name: value for name, value in run.config.items() if name not in VARYING_FIELDS}
-        alone = None if run.finished else str(run.folder)
-        key = [run.facts["script"], same, run.facts["data"], run.changed, alone]
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
-    names = [group[0].architecture for group in groups.values()]
+        groups.setdefault((pool_key(run), run.seed), []).append(run)
+    kept = []
+    lines = []
+    for group in groups.values():
+        best = max(group, key=preference)
+        kept.append(best)
+        for run in group:
+            if run is not best:
+                why = "finished" if best.finished and not run.finished else "is newer"
+                lines.append(f"{run.folder} is no second seed: it has seed {run.seed} and all else in common "
+                             f"with {best.folder}, which {why}")  # fmt: skip
+    return kept, lines
+
+
+def pool_key(run):
+    """Equal for runs that differ in the seed only."""
+    key = [run.facts["script"], run.script_hash, run.fixed_config(), run.facts["data"], run.changed]
+    return json.dumps(key, sort_keys=True)
+
+
+def pool_runs(runs):
+    """The runs as a list of Pool, whatever their order."""
+    runs, _ = without_repeats(runs)
+    groups = {}
+    for run in sorted(runs, key=lambda run: (run.architecture, run.seed, str(run.folder))):
+        alone = None if run.finished else run.folder
+        groups.setdefault((pool_key(run), alone), []).append(run)
+    firsts = [group[0] for group in groups.values()]
+    names = [run.architecture for run in firsts]
+    folders = [run.folder.name for run in firsts]
     pools = []
-    for name, group in zip(names, groups.values()):
+    for run, group in zip(firsts, groups.values()):
+        name = run.architecture
         if names.count(name) > 1:
-            name = f"{name} ({group[0].folder.name})"
+            unique = folders.count(run.folder.name) == 1
+            name += f" ({run.folder.name if unique else run.folder})"
         pools.append(Pool(name, group))
     return pools
 
@@ -252,16 +355,30 @@ def find_script(run):
         return None
 
 
-def conditions(pool):
-    """What must be equal for two pools to be ranked together: {name: value}."""
-    run = pool.first
-    config = run.config
-    recipe = {name: config[name] for name in RECIPE_FIELDS}
+def by_paper(run):
+    """{recipe field: (the run's value, the shared one)} where the run has its paper's value instead."""
     script = find_script(run)
-    if script and config["recipe"] == "paper":
-        for name, value in script.RECIPE.items():
-            if recipe.get(name) == value:
-                recipe[name] = "the paper's"
+    found = {}
+    if script is None or run.config["recipe"] != "paper":
+        return found
+    prescribed = getattr(script, "RECIPE", {})  # a script of one's own may lack it
+    for field in RECIPE_FIELDS:
+        value = run.config[field]
+        shared = getattr(script.Config, field, value)
+        if prescribed.get(field) == value != shared:
+            found[field] = value, shared
+    return found
+
+
+def conditions(run):
+    """What must be equal for two runs to be ranked together: {name: value}.
+
+    A field that the run's paper prescribes counts as if it had the shared value.
+    """
+    config = run.config
+    recipe = {field: config[field] for field in RECIPE_FIELDS}
+    for field, (_, shared) in by_paper(run).items():
+        recipe[field] = shared
     return {
         "tokens": config["max_steps"] * config["batch_tokens"],
         "data": run.facts["data"]["fingerprint"],
@@ -270,149 +387,133 @@ def conditions(pool):
         "block_size": config["block_size"],
         "batch_tokens": config["batch_tokens"],
         "validation tokens": config["val_tokens"],
-        "seeds": sorted({other.config["seed"] for other in pool.runs}) if pool.finished else None,
-        "recipe": recipe,
+        "recipe": {field: float(value) for field, value in recipe.items()},
         "changed": run.changed,
         "over the budget": run.facts["parameters"] > BUDGET,
     }
 
 
-def unlike(pool, reference):
-    """The reasons, in words, why a pool can't be ranked with another."""
-    ours = conditions(pool)
+def unlike(run, reference):
+    """The reasons, in words, why a run can't be ranked with another. None: their conditions are equal."""
+    ours = conditions(run)
     theirs = conditions(reference)
     reasons = []
     for name, value in ours.items():
         other = theirs[name]
+        if value == other:
+            continue
         if name == "recipe":
             for field in RECIPE_FIELDS:
-                pair = value[field], other[field]
-                if pair[0] != pair[1] and "the paper's" not in pair:
-                    reasons.append(f"{field} is {pair[0]:g}, not {pair[1]:g}")
+                if value[field] != other[field]:
+                    reasons.append(f"{field} is {value[field]:g}, not {other[field]:g}")
         elif name == "over the budget":
-            if value:
-                parameters = pool.first.facts["parameters"]
-                reasons.append(f"{parameters:,} parameters are over the budget of {BUDGET:,}")
+            parameters = max(each.facts["parameters"] for each in (run, reference))
+            whose = "" if value else "of those above "
+            reasons.append(f"{parameters:,} parameters {whose}are over the budget of {BUDGET:,}")
         elif name == "changed":
             if value:
                 reasons.append(f"{', '.join(value)} changed between its first step and its last")
-        elif name == "seeds":
-            if value and other and not set(value) & set(other):
-                reasons.append(f"the order of the data is another (seed {value}, not {other})")
-        elif value != other:
+            if other:
+                reasons.append(f"{', '.join(other)} changed midway in those above")
+        else:
             reasons.append(f"{name}: {value}, not {other}")
     return reasons
 
 
+def rank(pool):
+    """Sorts pools: the finished ones first, by loss."""
+    return not pool.finished, pool.loss(), pool.name
+
+
 def fair_groups(pools):
-    """[(pools to be ranked together, why they are not in the first group)], the largest group first."""
-    groups = []
-    for pool in sorted(pools, key=lambda pool: not pool.finished):
-        for group in groups:
-            if not unlike(pool, group[0]) and not unlike(group[0], pool):
-                group.append(pool)
-                break
-        else:
-            groups.append([pool])
-    groups.sort(key=lambda group: -sum(pool.finished for pool in group))
-    main = groups[0]
-    out = [(main, [])]
-    for group in groups[1:]:
-        reasons = unlike(group[0], main[0]) or unlike(main[0], group[0])
-        out.append((group, reasons))
-    return out
+    """[(pools with equal conditions, by rank, why they are not in the first group)], the largest first.
+
+    Whatever the order of the pools, it is the same.
+    """
+    groups = {}
+    for pool in sorted(pools, key=rank):
+        key = json.dumps(conditions(pool.first), sort_keys=True)
+        groups.setdefault(key, []).append(pool)
+    # by rank where they are of one size, since sorted() keeps the order
+    ordered = sorted(groups.values(), key=lambda group: -sum(pool.finished for pool in group))
+    main = ordered[0]
+    return [(group, unlike(group[0].first, main[0].first)) for group in ordered]
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Is the difference real?
+# What differs between pools of one architecture
 
 
-def sign_test(right_a, right_b):
-    """Exact two-sided p-value that neither of two lists of shares of right answers, item by item, is better.
-
-    With one run each this is the exact McNemar test: the items that just one got right are coin flips.
-    """
-    from scipy.stats import binomtest
-
-    wins = sum(a > b for a, b in zip(right_a, right_b, strict=True))
-    losses = sum(a < b for a, b in zip(right_a, right_b, strict=True))
-    if wins + losses == 0:
-        return 1.0
-    return float(binomtest(wins, wins + losses).pvalue)
-
-
-def holm(p_values):
-    """Holm's correction: the p-values, each as if it had been the only one asked for."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected = [0.0] * len(p_values)
-    worst = 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = worst
-    return corrected
+def lines_changed(ours, theirs):
+    """How many lines of two files `diff` marks with < or >; difflib's count where there is no `diff`."""
+    if shutil.which("diff"):
+        command = ["diff", ours, theirs]
+        process = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
+        return sum(line.startswith(("<", ">")) for line in process.stdout.splitlines())
+    a = ours.read_text(encoding="utf-8").splitlines()
+    b = theirs.read_text(encoding="utf-8").splitlines()
+    count = 0
+    for tag, a_from, a_to, b_from, b_to in difflib.SequenceMatcher(None, a, b, False).get_opcodes():
+        if tag != "equal":
+            count += a_to - a_from + b_to - b_from
+    return count
 
 
-def welch(a, b):
-    """(mean of a - mean of b, half of its 95% interval, or None where a list has one value only)."""
-    from scipy.stats import ttest_ind
-
-    difference = statistics.mean(a) - statistics.mean(b)
-    if min(len(a), len(b)) < 2:
-        return difference, None
-    if statistics.variance(a) + statistics.variance(b) == 0:
-        return difference, 0.0
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    return difference, float(interval.high - interval.low) / 2
-
-
-def shares(pool, key):
-    """Each item's share of right answers over the pool's seeds, or None if predictions are missing."""
-    answers = [run.right.get(key) for run in pool.runs]
-    if None in answers or len(set(map(len, answers))) != 1:
-        return None
-    return [statistics.mean(item) for item in zip(*answers)]
+def script_difference(run, other):
+    """How the scripts of two runs differ, in words; empty if they don't."""
+    if run.script_hash == other.script_hash:
+        return ""
+    if None in (run.script_hash, other.script_hash):
+        return "perhaps another script: one of the two logs doesn't say"
+    copies = []
+    for each in (run, other):
+        copies.append(find_copy(each.folder, each.facts["script"], each.script_hash))
+    if None in copies:
+        return "edited script"
+    return f"edited script, {lines_changed(*copies)} lines"
 
 
-@dataclasses.dataclass
-class Difference:
-    """A pair of pools, a minus b."""
+def differences_between(run, other):
+    """What differs between two runs of one architecture, in words, beside the seed."""
+    texts = []
+    ours = run.fixed_config() | run.facts["data"]
+    theirs = other.fixed_config() | other.facts["data"]
+    for name in ours | theirs:
+        value = ours.get(name, "absent")
+        instead = theirs.get(name, "absent")
+        if value != instead:
+            texts.append(f"{name} {value}, not {instead}")
+    if run.changed != other.changed:
+        texts.append("changed midway: " + (", ".join(run.changed) or "nothing"))
+    script = script_difference(run, other)
+    if script:
+        texts.append(script)
+    if not run.finished:
+        texts.append("unfinished")
+    return "; ".join(texts) or "nothing but the seed"
 
-    a: Pool
-    b: Pool
-    loss: float
-    loss_width: float | None  # half of the 95% interval; None with one seed
-    accuracy: float | None  # None if one of them was not scored
-    p: float | None = None  # of the accuracies, corrected; None without predictions
 
-    def verdict(self):
-        if self.p is None or self.accuracy is None:
-            return "not tested"
-        if self.p >= 0.05:
-            return "not distinguishable"
-        return "better" if self.accuracy > 0 else "worse"
+def is_edited(run):
+    """Whether a run's script is known to be another text than today's."""
+    script = find_script(run)
+    if script is None or run.script_hash is None:
+        return False
+    return hash_file(Path(script.__file__)) != run.script_hash
 
 
-def compare_pairs(pools, key):
-    """A Difference for each pair of pools, accuracies by the score key."""
-    differences = []
-    tested = []
-    p_values = []
-    for i, a in enumerate(pools):
-        for b in pools[i + 1 :]:
-            accuracy = None
-            if a.accuracy(key) and b.accuracy(key):
-                accuracy = a.accuracy(key)[0] - b.accuracy(key)[0]
-            loss, loss_width = welch(a.losses(), b.losses())
-            difference = Difference(a, b, loss, loss_width, accuracy)
-            differences.append(difference)
-            ours = shares(a, key)
-            theirs = shares(b, key)
-            if ours and theirs and len(ours) == len(theirs):
-                tested.append(difference)
-                p_values.append(sign_test(ours, theirs))
-    for difference, p in zip(tested, holm(p_values)):
-        difference.p = p
-    return differences
+def differences_table(pools):
+    """What differs between pools of the same architecture as a Markdown table, empty if there are none."""
+
+    def order(pool):
+        return is_edited(pool.first), not pool.finished, pool.name
+
+    rows = []
+    for architecture in sorted({pool.first.architecture for pool in pools}):
+        same = [pool for pool in pools if pool.first.architecture == architecture]
+        reference, *others = sorted(same, key=order)
+        for pool in others:
+            rows.append([pool.name, reference.name, differences_between(pool.first, reference.first)])
+    return table(["run", "beside", "what differs"], rows) if rows else ""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -449,9 +550,9 @@ def leaderboard(pools, keys):
     head += [f"{task} ({convention}) acc_norm" for task, convention in keys]
     head += ["tokens/s", "device-hours", "seeds"]
     rows = []
-    for pool in sorted(pools, key=lambda pool: (not pool.finished, pool.loss())):
-        rank = str(len(rows) + 1) if pool.finished else "–"
-        rows.append([rank, *leaderboard_row(pool, keys)])
+    for pool in sorted(pools, key=rank):
+        place = str(len(rows) + 1) if pool.finished else "–"
+        rows.append([place, *leaderboard_row(pool, keys)])
     return table(head, rows)
 
 
@@ -462,15 +563,18 @@ def leaderboard_row(pool, keys):
     active = active_parameters(run)
 
     name = pool.name
+    own = ", ".join(f"{field} {value:g}" for field, (value, _) in by_paper(run).items())
+    if own:
+        name += f" (its paper's {own})"
     if not pool.finished:
         name += f" (unfinished: step {run.steps} of {run.config['max_steps']})"
     loss = f"{pool.loss():.4f}"
     if len(pool.runs) > 1:
-        loss += f" ± {statistics.stdev(pool.losses()):.4f}"
+        loss += f" ± {verdicts.half_interval(pool.losses()):.4f}"
     accuracies = []
     for key in keys:
         accuracy = pool.accuracy(key)
-        accuracies.append(f"{100 * accuracy[0]:.2f} ± {100 * accuracy[1]:.2f}" if accuracy else "–")
+        accuracies.append(f"{100 * accuracy[0]:.2f} ± {196 * accuracy[1]:.2f}" if accuracy else "–")
 
     times = []
     hours = []
@@ -495,27 +599,34 @@ def leaderboard_row(pool, keys):
     ]
 
 
-def pairs_tables(pools, key):
-    """Two Markdown tables: the pairs one by one, and the matrix of verdicts."""
-    opposite = {"better": "worse", "worse": "better"}
+def pairs_tables(differences, key):
+    """Two Markdown tables of verdicts.Difference: the pairs one by one, and the matrix of verdicts."""
     rows = []
-    verdicts = {}
-    for pair in compare_pairs(pools, key):
-        loss = f"{pair.loss:+.4f}"
-        loss += " (one seed: no interval)" if pair.loss_width is None else f" ± {pair.loss_width:.4f}"
-        accuracy = "–" if pair.accuracy is None else f"{100 * pair.accuracy:+.2f}"
-        p = "–" if pair.p is None else f"{pair.p:.3g}"
+    cells = {}
+    names = []
+    for pair in differences:
+        loss = f"{pair.loss.difference:+.4f}"
+        if pair.loss.half is not None:
+            loss += f" ± {pair.loss.half:.4f}"
+        accuracy = "–"
+        if pair.accuracy:
+            accuracy = f"{100 * pair.accuracy.difference:+.2f} ± {100 * pair.accuracy.half:.2f}"
+        p_values = ["–" if p is None else f"{p:.3g}" for p in (pair.loss_p, pair.accuracy_p)]
         verdict = pair.verdict()
-        verdicts[pair.a.name, pair.b.name] = verdict
-        verdicts[pair.b.name, pair.a.name] = opposite.get(verdict, verdict)
-        rows.append([f"{pair.a.name} – {pair.b.name}", loss, accuracy, p, verdict])
-    names = [pool.name for pool in pools]
+        title = f"{pair.a.name} – {pair.b.name}"
+        rows.append([title, loss, pair.loss.how, p_values[0], verdict, accuracy, p_values[1]])
+        cell = "the models differ" if verdict == verdicts.MODELS_DIFFER else verdict
+        cells[pair.a.name, pair.b.name] = cell
+        cells[pair.b.name, pair.a.name] = verdicts.OPPOSITE.get(cell, cell)
+        for pool in (pair.a, pair.b):
+            if pool.name not in names:
+                names.append(pool.name)
     matrix = []
     for a in names:
-        matrix.append([f"**{a}**", *[verdicts.get((a, b), "") for b in names]])
-    title = f"{key[0]} ({key[1]}) acc_norm"
-    head = ["pair", "validation loss, 95% interval", f"{title}, points", "p, corrected", "the first is"]
-    return table(head, rows), table([f"by {title}", *names], matrix)
+        matrix.append([f"**{a}**", *[cells.get((a, b), "") for b in names]])
+    title = f"{key[0]} ({key[1]}) acc_norm, points" if key else "accuracy"
+    head = ["pair", "validation loss", "by", "p, corrected", "the first has", title, "p, corrected"]
+    return table(head, rows), table(["by validation loss", *names], matrix)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -548,7 +659,7 @@ def save_reference(path, pools):
             "high": mean + half,
             "n": len(pool.runs),
             "script": pool.first.facts["script"],
-            "conditions": conditions(pool),
+            "conditions": conditions(pool.first),
         }
         content += json.dumps(line) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -576,7 +687,7 @@ def against(path, runs):
         steps = sorted(run.val.keys() & band.keys())
         if not steps:
             fineweb.fail(f"{run.folder} and {path} have no validated step in common")
-        its = conditions(Pool("", [run])) | {"script": run.facts["script"]}
+        its = conditions(run) | {"script": run.facts["script"]}
         for name, value in wanted.items():
             if name != "seeds" and its[name] != value:
                 print(f"note: {run.folder} has another {name} than the reference: {its[name]}, not {value}")
@@ -614,6 +725,15 @@ $body
 """)
 
 
+HOW_TO_READ = (
+    "± is half of a 95% interval's width everywhere: of losses over the seeds, by Student's t; of "
+    "accuracies over the seeds and the items, with one seed over the items alone. An interval is for its "
+    "own figure or pair; p-values are corrected for the number of pairs (Holm), and the verdicts go by "
+    "them, at 5%."
+)
+SHARED_RECIPE = " A paper's own settings are in its row; `--recipe shared` trains with everyone's instead."
+
+
 def make_page(markdown, folder, pictures):
     """The report as one HTML page that holds its pictures, files in the folder."""
     from markdown_it import MarkdownIt
@@ -626,25 +746,22 @@ def make_page(markdown, folder, pictures):
 
 
 def group_report(group, keys):
-    """The tables of pools that are ranked together, as Markdown paragraphs."""
-    paragraphs = [leaderboard(group, keys)]
-    for pool in group:
-        recipe = conditions(pool)["recipe"]
-        own = ", ".join(field for field, value in recipe.items() if value == "the paper's")
-        if own:
-            paragraphs.append(f"{pool.name} trains by its paper's recipe: {own} are its own "
-                              "(`--recipe shared` for the common one).\n")  # fmt: skip
+    """The verdict in words and the tables of pools that are ranked together, as Markdown paragraphs."""
     finished = [pool for pool in group if pool.finished]
-    if len(finished) > 1 and keys:
-        paragraphs += pairs_tables(finished, keys[0])
+    key = keys[0] if keys else None
+    differences = verdicts.compare_pairs(finished, key)
+    paragraphs = [verdicts.headline(finished, differences) + "\n", leaderboard(group, keys)]
+    if differences:
+        paragraphs += pairs_tables(differences, key)
     return paragraphs
 
 
-def report(out, pools, left_out):
+def report(out, pools, left_out, repeats=()):
     """Writes the tables, pictures and page into a folder; returns the Markdown."""
     out.mkdir(parents=True, exist_ok=True)
     paragraphs = ["# Which is better, and is it real?\n"]
     pictures = []
+    papers = any(by_paper(pool.first) for pool in pools)
     for number, (group, reasons) in enumerate(fair_groups(pools)):
         if number:
             paragraphs.append("## Not comparable with those above\n")
@@ -652,12 +769,19 @@ def report(out, pools, left_out):
         keys = {key for pool in group for run in pool.runs for key in run.scores}
         keys = sorted(keys, key=lambda key: (key[0], key[1] != "nanogpt"))
         paragraphs += group_report(group, keys)
+        if not number:
+            paragraphs.append(HOW_TO_READ + (SHARED_RECIPE if papers else "") + "\n")
         for file, words in draw(out, group, keys, f"group{number + 1}_" if number else ""):
             paragraphs.append(f"![{words}]({file})\n")
             pictures.append(file)
-    if left_out:
+    differing = differences_table(pools)
+    if differing:
+        paragraphs += ["## What differs between runs of one architecture\n", differing]
+    if left_out or repeats:
         paragraphs.append("## Left out\n")
+    if left_out:
         paragraphs.append(table(["run", "why"], [[str(folder), why] for folder, why in left_out]))
+    paragraphs += [f"{line}.\n" for line in repeats]
     markdown = "\n".join(paragraphs)
     (out / "leaderboard.md").write_text(markdown, encoding="utf-8")
     (out / "index.html").write_text(make_page(markdown, out, pictures), encoding="utf-8")
@@ -681,7 +805,8 @@ def main():
 def run_command(args):
     runs = []
     left_out = []
-    for folder in args.runs:
+    folders = {folder.resolve(): folder for folder in args.runs}  # none twice
+    for folder in folders.values():
         try:
             runs.append(read_run(folder))
         except Unreadable as reason:
@@ -692,16 +817,17 @@ def run_command(args):
     if args.against:
         outside = against(args.against, runs)
         raise SystemExit(1 if outside or left_out else 0)
+    runs, repeats = without_repeats(runs)
     pools = pool_runs(runs)
     if args.save_reference:
         save_reference(args.save_reference, pools)
     else:
-        for line in report(args.out, pools, left_out).splitlines():
+        for line in report(args.out, pools, left_out, repeats).splitlines():
             if not line.startswith("!["):
                 print(line)
         print(f"the page: {args.out}/index.html")
     if left_out:
-        fineweb.fail(f"{len(left_out)} of {len(args.runs)} folders were left out, see above")
+        fineweb.fail(f"{len(left_out)} of {len(folders)} folders were left out, see above")
 
 
 if __name__ == "__main__":
