@@ -2,9 +2,11 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import fineweb
 from tools import export, weights
@@ -171,6 +173,62 @@ def test_checkpoints_of_another_version_are_refused(change, tmp_path, monkeypatc
     torch.save(torch.load(path, weights_only=True) | change, path)
     with pytest.raises(SystemExit, match="was written by another version of train_g"):
         run(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
+
+
+def edit(text, *pairs):
+    for old, new in pairs:
+        assert text.count(old) >= 1, old
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "rwkv"])
+def test_an_edited_model_is_refused(name, tmp_path, monkeypatch, capsys):
+    trained(name, tmp_path / "log")
+    script = Path(importlib.import_module(f"train_{name}").__file__)
+    text = script.read_text()
+
+    def export_with(*texts):
+        for old in (tmp_path / "log").glob("train_*.py"):
+            old.unlink()
+        for number, content in enumerate(texts, 1):
+            suffix = f".{number}.py" if number > 1 else ".py"
+            (tmp_path / f"log/train_{name}{suffix}").write_text(content)
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        run(monkeypatch, tmp_path / "log", "--out", out)
+        return capsys.readouterr().out
+
+    said = export_with()
+    assert f"holds no copy of train_{name}.py, so whether its model is today's can't be checked" in said
+    assert "can't be checked" not in export_with(text)
+    other = edit(text, ("nn.Embedding(", "nn.Embedding( "), ("class Block", "# more of it\nclass Block"))
+    export_with(other)  # comments and layout make no other model
+    export_with(edit(text, ("n_layer: int = option(12,", "n_layer: int = option(6,")))  # defaults
+    export_with(edit(text, ("RECIPE = ", "RECIPE = None or ")))
+    export_with(edit(text, ("def validate(", "def validated(")))  # which all scripts share
+    edited = edit(text, ("class Block(nn.Module):", "class Block(nn.Module):\n    scale = 2"))
+    export_with(edited, text)  # the newest is today's
+    with pytest.raises(SystemExit, match=f"was trained by another model than train_{name}.py has today"):
+        export_with(text, edited)
+
+
+def test_of_several_copies_the_one_that_trained_last_counts(tmp_path, monkeypatch, capsys):
+    trained("gpt2", tmp_path / "log")
+    text = (ROOT / "train_gpt2.py").read_text()
+    (tmp_path / "log/train_gpt2.py").write_text(text + "# the last one by the log\n")
+    (tmp_path / "log/train_gpt2.2.py").write_text(text.replace("class Block(", "class Block2("))
+    event = {
+        "event": "run", "script": "train_gpt2", "processes": 1, "parameters": 1, "flops_per_token": 1,
+        "script_hash": fineweb.sha256(tmp_path / "log/train_gpt2.py")[:16],
+        "data": {"fingerprint": "f", "tokenizer": "bytes"},
+        "config": vars(importlib.import_module("train_gpt2").Config()),
+    }  # fmt: skip
+    (tmp_path / "log/log.jsonl").write_text(json.dumps(event) + "\n")
+    run(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
+    event["script_hash"] = fineweb.sha256(tmp_path / "log/train_gpt2.2.py")[:16]
+    (tmp_path / "log/log.jsonl").write_text(json.dumps(event) + "\n")
+    with pytest.raises(SystemExit, match="train_gpt2.2.py"):
+        run(monkeypatch, tmp_path / "log", "--out", tmp_path / "out2")
 
 
 @pytest.mark.parametrize("fields, expected", [

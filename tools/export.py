@@ -8,8 +8,11 @@ GPT-2, LLaMA, Mistral, Gemma and DeepSeek become transformers' own classes, for 
 pipelines and lm-evaluation-harness; RWKV-7 becomes the authors' .pth, for the package rwkv. No library
 has a class for MTA: it becomes safetensors with our names. --from takes GPT-2 (OpenAI's included),
 LLaMA, Mistral and Gemma weights that fit a script's Config.
+
+A run whose script's model is not today's is refused: its weights would come out as another model.
 """
 import argparse
+import ast
 import base64
 import importlib
 import json
@@ -19,7 +22,8 @@ from pathlib import Path
 import torch
 
 import fineweb
-from tools import weights
+from tools import compare, weights
+from tools.sync import sections
 
 # GPT-2's pattern of words. The vocabulary of bytes merges nothing, so it makes no difference there.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -46,6 +50,46 @@ def read_checkpoint(folder):
     if checkpoint["format"] != script.CHECKPOINT_FORMAT:
         fineweb.fail(other_version)
     return script, config, checkpoint
+
+
+def model_code(text):
+    """A script's own definitions, by which two texts have the same model: without comments and layout.
+
+    The fields of Config are left out, since a checkpoint has their values, and so are --tiny and the recipe.
+    """
+    own = ""
+    for title, lines in sections(text)[1:]:  # the first part is the docstring
+        if title is None and not lines[0].startswith(" "):
+            own += "".join(lines)
+    try:
+        tree = ast.parse(own or text)  # without the banners all of it counts
+    except SyntaxError:
+        return own or text
+    definitions = []
+    for node in tree.body:
+        names = [getattr(target, "id", None) for target in getattr(node, "targets", [])]
+        if names not in (["TINY_MODEL"], ["RECIPE"]):
+            definitions.append(ast.unparse(node))
+    return "\n".join(definitions)
+
+
+def check_script(folder, script):
+    """Raises SystemExit if a run's copy of its script has another model than the script has today."""
+    name = script.__name__
+    today = Path(script.__file__)
+    try:
+        script_hash, _ = compare.trained_hash(folder, compare.read_log(folder / "log.jsonl").training())
+    except (OSError, compare.Unreadable):
+        script_hash = None
+    if script_hash == compare.hash_file(today):
+        return
+    copy = compare.find_copy(folder, name, script_hash) or compare.find_copy(folder, name, None)
+    if copy is None:
+        print(f"{folder} holds no copy of {name}.py, so whether its model is today's can't be checked")
+        return
+    if model_code(copy.read_text(encoding="utf-8")) != model_code(today.read_text(encoding="utf-8")):
+        fineweb.fail(f"{folder} was trained by another model than {name}.py has today: "
+                     f"see diff {copy} {today.name}, and export it beside that version of {today.name}")  # fmt: skip
 
 
 def hf_tokenizer(name):
@@ -118,6 +162,7 @@ def write_safetensors(name, checkpoint, out):
 def export(folder, out):
     """Writes the newest checkpoint of a run as what others load."""
     script, config, checkpoint = read_checkpoint(folder)
+    check_script(folder, script)
     name = script.__name__.removeprefix("train_")
     if out.exists() and any(out.iterdir()):
         fineweb.fail(f"{out} is not empty: choose another --out, or remove it")
