@@ -210,7 +210,7 @@ def test_equal_architectures_are_told_apart_in_at_most_one_study_of_twenty(seeds
     (7, 5, 10, 0.95, 1),
 ])  # fmt: skip
 def test_power(architectures, seeds, shift, least, most):
-    """How often the better of otherwise equal architectures is told from another one: shift in sd of a seed."""
+    """How often the better of otherwise equal architectures is told from another. shift: in sd of a run."""
     rng = np.random.default_rng(0)
     found = 0
     for _ in range(200):
@@ -272,8 +272,8 @@ def test_seeds_are_pooled(tmp_path, run_tool):
     assert "3" not in table
     # forty items were right in one seed of b and in none of a: that is one seed of three
     assert accuracy.startswith("+3.33 ± ") and float(accuracy_p) > 0.3
-    expected = f"Of two, gpt2 (b0) has the lowest validation loss, 2.1000 ± {half} (95% interval over 3 seeds)"
-    assert expected + ", and that is lower than the loss of each other one." in said
+    expected = f"Of two, gpt2 (b0) has the lowest validation loss, 2.1000 ± {half} "
+    assert expected + "(95% interval over 3 seeds), and that is lower than the loss of each other one." in said
 
 
 def test_the_first_line_names_what_can_not_be_told(tmp_path, run_tool):
@@ -517,7 +517,8 @@ def test_an_edited_script_is_another_model(has_diff, tmp_path, run_tool, monkeyp
     if not has_diff:
         monkeypatch.setattr(compare.shutil, "which", lambda name: None)
     original = (ROOT / "train_gpt2.py").read_text()
-    edited = original.replace("import argparse\n", "import argparse\nimport abc\n").replace("B batch", "B rows")
+    edited = original.replace("import argparse\n", "import argparse\nimport abc\n")
+    edited = edited.replace("B batch", "B rows")
     log = tmp_path / "log"
     with_script(write_run(log / "a1", seed=1), original)
     with_script(write_run(log / "a2", seed=2), "something else\n", original)
@@ -565,9 +566,9 @@ def test_a_repeated_seed_is_no_second_seed(tmp_path, run_tool):
     for order in (folders, folders[::-1], [*folders, folders[0]]):
         status, said = run_tool(*order, "--out", tmp_path / "report")
         assert status == 0, said
-        line = f"{tmp_path}/{{}} is no second seed: it has seed 1 and all else in common with {tmp_path}/again"
-        assert line.format("a") + ", which is newer." in said
-        assert line.format("begun") + ", which finished." in said
+        for name, why in (("a", "is newer"), ("begun", "finished")):
+            line = f"{tmp_path / name} is no second seed: it has seed 1 and all else in common with "
+            assert line + f"{tmp_path / 'again'}, which {why}." in said
         assert "3.5000 ± " in said and rows(said)["1"][-1] == "2" and "2" not in rows(said)
 
 

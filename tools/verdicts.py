@@ -58,7 +58,7 @@ def half_width(parts, level):
 
 
 def p_value(difference, parts):
-    """The level at which the interval of a sum of [(squared error, degrees of freedom)] reaches a difference."""
+    """The level at which half_width of [(squared error, degrees of freedom)] is as large as a difference."""
     from scipy.special import stdtr
 
     if half_width(parts, 0.5) == 0:
