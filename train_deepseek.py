@@ -44,7 +44,7 @@ from fineweb import fail, option, say
 class Config:
     # ---- this architecture's fields
     n_layer: int = option(12, "blocks, without MTP's")
-    n_dense: int = option(1, "first blocks that have a plain MLP instead of experts", zero=True)
+    n_dense: int = option(1, "leading blocks with a plain MLP instead of experts", zero=True)
     n_head: int = option(10, "attention heads")
     n_embd: int = option(640, "channels of the residual stream")
     n_inner: int = option(960, "channels inside a dense block's MLP: as many as a token's experts have")
@@ -64,26 +64,26 @@ class Config:
     bias_speed: float = option(1e-3, "change of the routing bias per step", zero=True)
     balance_alpha: float = option(1e-4, "weight of the sequence-wise balance loss", zero=True)
     mtp_depth: str = option("1", "further tokens predicted in training", ("0", "1"))
-    experts: str = option("auto", "how they are computed, see Experts", ("auto", "grouped", "dense"))
+    experts: str = option("auto", "how the experts are computed, see Experts", ("auto", "grouped", "dense"))
 
     # ---- the run: the same in every script
     vocab_size: int = option(50_304, "GPT-2's 50,257 tokens, padded to a multiple of 128")
     block_size: int = option(1024, "tokens of context")
-    batch_tokens: int = option(2**19, "effective batch: tokens of a step on all GPUs together")
-    seed: int = option(1337, "of the initial weights, the order of the data and the samples", zero=True)
+    batch_tokens: int = option(2**19, "effective batch: tokens per optimizer step, over all GPUs")
+    seed: int = option(1337, "seed of the initial weights, the data's order and the samples", zero=True)
 
     # AdamW (Loshchilov and Hutter, 2019) and a cosine schedule, both with the
     # settings of GPT-3 (Brown et al., 2020, appendix B and table 2.1)
     max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19")
-    warmup_steps: int = option(715, "steps of linear warm-up: 375M tokens", zero=True)
+    warmup_steps: int = option(715, "steps of linear warm-up; GPT-3's 375M tokens are 715", zero=True)
     max_lr: float = option(6e-4, "learning rate after the warm-up")
-    min_lr: float = option(6e-5, "learning rate at the end of the cosine, a tenth", zero=True)
+    min_lr: float = option(6e-5, "learning rate at the end of the cosine; GPT-3: a tenth", zero=True)
     weight_decay: float = option(0.1, "AdamW: how fast matrices and embeddings decay", zero=True)
     beta1: float = option(0.9, "AdamW: decay of the running mean of gradients", zero=True)
     beta2: float = option(0.95, "AdamW: decay of the running mean of their squares", zero=True)
     adam_eps: float = option(1e-8, "AdamW: keeps a division by a tiny gradient finite")
-    grad_clip: float = option(1.0, "a gradient with a larger norm is scaled down to this one")
-    recipe: str = option("paper", "of these, the paper's own, or the shared ones", ("paper", "shared"))
+    grad_clip: float = option(1.0, "gradients with a larger norm are scaled down to this norm")
+    recipe: str = option("paper", "AdamW and schedule: the paper's own, or shared", ("paper", "shared"))
 
     data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
     train_shards: int = option(100, "training shards to use, of 100M tokens each")
@@ -97,13 +97,13 @@ class Config:
 
     micro_batch: int = option(0, "rows at a time on a device; 0: as many as fit", zero=True)
     device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "of the matrix products", ("auto", "bfloat16", "float16", "float32"))
+    dtype: str = option("auto", "type of the matrix products", ("auto", "bfloat16", "float16", "float32"))
     compile: str = option("auto", "torch.compile; auto: on CUDA, but not on Windows", ("auto", "on", "off"))
 
 
-# --resume may change these. All else made the weights and the order of the data.
+# --resume may change these; another value of any other field would be another run
 MAY_CHANGE = (
-    "max_steps warmup_steps max_lr min_lr weight_decay beta1 beta2 adam_eps grad_clip recipe data_dir "
+    "max_steps warmup_steps max_lr min_lr weight_decay beta1 beta2 adam_eps grad_clip data_dir "
     "train_shards val_tokens hellaswag run_name eval_every log_every prompt sample_tokens "
     "micro_batch device dtype compile"
 ).split()
@@ -215,10 +215,10 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """The K experts of each token and their weights (eq. 13-16, section 2.1.2): (B, T, C) -> 2 x (B, T, K).
+    """Chooses each token's K experts and weights (eq. 13-16, section 2.1.2): (B, T, C) -> 2 x (B, T, K).
 
-    And the sequence-wise balance loss (eq. 17-20), which is 0 unless training. The bias takes
-    part in the choice only. Model.after_step() moves it by the load, the tokens of each expert.
+    Also returns the sequence-wise balance loss (eq. 17-20), 0 unless training. The bias affects the
+    choice only; Model.after_step() moves it by the load, the number of tokens of each expert.
 
     The weights of a token sum to route_scale, 2.5 for 8 experts in the report. For unrelated
     experts sqrt(K) keeps the scale of one, as in Moonlight (2.446 for 6) and Kimi K2 (2.827 for 8).
@@ -284,26 +284,25 @@ class Experts(nn.Module):
         dtype = x.dtype
         if torch.is_autocast_enabled(device):  # which F.grouped_mm doesn't know
             dtype = torch.get_autocast_dtype(device)
-        method = self.method
-        if method == "auto":
+        grouped = self.method == "grouped"
+        if self.method == "auto":
             eager = device == "cpu" and dtype != torch.float64 and not torch.compiler.is_compiling()
-            works = eager or (dtype == torch.bfloat16 and device != "mps")
-            method = "grouped" if works else "dense"
-        compute = self.grouped if method == "grouped" else self.dense
+            grouped = eager or (dtype == torch.bfloat16 and device != "mps")
+        compute = self.grouped if grouped else self.dense
         matrices = (self.gate.to(dtype), self.up.to(dtype), self.proj.to(dtype))
         return compute(x.to(dtype), *matrices, chosen, weights)
 
     def grouped(self, x, gate, up, proj, chosen, weights):
+        N, K = chosen.shape
         expert, order = chosen.flatten().sort(stable=True)  # (N K,)
-        token = order // chosen.shape[1]  # of each row
         ends = torch.searchsorted(expert, torch.arange(len(gate), device=x.device), right=True)
         ends = ends.to(torch.int32)  # (E,): where each expert's rows end
-        rows = x.index_select(0, token)  # (N K, C)
+        rows = x.repeat_interleave(K, dim=0).index_select(0, order)  # (N K, C)
         h = F.silu(F.grouped_mm(rows, gate.transpose(1, 2), offs=ends))  # (N K, W)
         h = h * F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
         h = h * weights.flatten()[order, None]  # before proj, where there are fewer channels
         y = F.grouped_mm(h.to(x.dtype), proj.transpose(1, 2), offs=ends)  # (N K, C)
-        return torch.zeros_like(x).index_add(0, token, y)
+        return y.index_select(0, order.argsort()).view(N, K, -1).sum(1)
 
     def dense(self, x, gate, up, proj, chosen, weights):
         weight = weights.new_zeros(len(x), len(gate)).scatter(-1, chosen, weights)  # (N, E), mostly 0
@@ -400,8 +399,8 @@ class Model(nn.Module):
         """Token ids idx (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, loss).
 
         The loss is the cross-entropy in nats: its mean, or with reduction "none" each
-        token's, (B, T), and 0 where the target is negative. In training the mean's gradient has
-        the balance and MTP losses' in it, but not its value.
+        token's, (B, T), and 0 where the target is negative. In training the mean's gradient includes
+        those of the balance and MTP losses; its value does not.
         """
         embd = self.wte(idx)  # (B, T, C)
         rope = self.rope[:, : idx.shape[1]]
@@ -498,7 +497,7 @@ class Model(nn.Module):
 def check_shape(config):
     """Raises SystemExit for numbers that don't fit together."""
     if config.n_expert % config.n_group or config.n_expert < 2 * config.n_group:
-        fail(f"--n_expert {config.n_expert} can't be split into --n_group {config.n_group} groups of two")
+        fail(f"--n_expert {config.n_expert}: must be --n_group {config.n_group} times 2 or more")
     if config.topk_group > config.n_group:
         fail(f"--topk_group {config.topk_group} is more than --n_group {config.n_group}")
     available = config.topk_group * config.n_expert // config.n_group
@@ -507,7 +506,7 @@ def check_shape(config):
     if config.n_embd % 8 or config.n_inner_expert % 8:
         fail(f"--n_embd {config.n_embd} and --n_inner_expert {config.n_inner_expert} must be multiples of 8")
     if config.rope_dim % 2:
-        fail(f"--rope_dim {config.rope_dim} is odd: RoPE needs pairs")
+        fail(f"--rope_dim {config.rope_dim} is odd: rotary positions turn pairs of channels")
     if config.v_dim > config.nope_dim + config.rope_dim:
         fail(f"--v_dim {config.v_dim} is more than --nope_dim and --rope_dim together")
 
@@ -522,9 +521,9 @@ class HeadLoss(torch.autograd.Function):
         loss = mean(logsumexp(logits) - logits[target])
         d loss / d logits = (softmax(logits) - one_hot(target)) / N
 
-    All logits at once, (N, V), would be the largest tensor of the run by far. So they
-    are made for some rows at a time, and while softmax(logits) is at hand, the gradients
-    of x and weight are made too. The obvious version is in tests/reference.py.
+    All logits at once, (N, V), would be by far the largest tensor of the run. So they are
+    computed for some rows at a time, and the gradients of x and weight along with them, while
+    softmax(logits) is at hand. The obvious version is in tests/reference.py.
     """
 
     @staticmethod
@@ -551,7 +550,7 @@ class HeadLoss(torch.autograd.Function):
             loss = loss + (sums.log() + largest - wanted).sum()
             if needs_grad:
                 dlogits = exps.div_(sums)  # softmax(logits)
-                dlogits.scatter_(-1, target, dlogits.gather(-1, target) - 1)  # - one_hot(target)
+                dlogits.scatter_add_(-1, target, -torch.ones_like(wanted))  # - one_hot(target)
                 dlogits = dlogits.to(dtype)
                 dx[start : start + rows] = dlogits @ w
                 if dtype == dweight.dtype:
@@ -592,7 +591,7 @@ def head_loss(x, weight, targets, reduction):
 def parse_command_line():
     """(Config, the options given as a dict, what else was asked for) of the command line.
 
-    The later one wins: Config's default, the paper's recipe, --tiny, an option.
+    Later ones override earlier ones: Config's default, the paper's recipe, --tiny, an option.
     """
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
@@ -610,7 +609,7 @@ def parse_command_line():
 
 
 def check_config(config, world):
-    """Raises SystemExit for a value that can't be, or for values that don't fit together."""
+    """Raises SystemExit for an impossible value, or for values that don't fit together."""
     fineweb.check_options(config)
     rows = max(1, config.micro_batch)
     if config.batch_tokens % (world * rows * config.block_size):
@@ -632,7 +631,7 @@ class Machine:
 
     @property
     def autocast(self):
-        """A context in which matrix products have the dtype, and all that needs fp32 stays in it."""
+        """A context that runs matrix products in dtype, and in fp32 whatever needs it."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
@@ -642,7 +641,7 @@ def start(config, world):
     found["cpu"] = world
     kind = config.device
     if kind == "auto":
-        kind = next(kind for kind in found if found[kind])
+        kind = next(name for name in found if found[name])
     if found[kind] < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         fail(f"torch {torch.__version__} finds {found[kind]} {kind} device(s) here: "
              "start fewer processes or change --device")  # fmt: skip
@@ -656,7 +655,7 @@ def start(config, world):
     dtype, why = choose_dtype(config, kind)
     if world > 1:
         # DDP must not cut the graph into buckets, since gradients are sent only once a step.
-        # This line also imports _dynamo: later, its modules would keep the group alive at exit.
+        # The line also imports _dynamo now: imported later, it would keep the group alive at exit.
         torch._dynamo.config.optimize_ddp = False
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     rank = int(os.environ.get("RANK", 0))
@@ -688,7 +687,7 @@ def find_micro_batch(config, rows, machine):
     if config.micro_batch:
         return config.micro_batch
     on_cpu = machine.device.type == "cpu"
-    most = (4096 if on_cpu else 65_536) // config.block_size  # no device gets faster with more
+    most = (4096 if on_cpu else 65_536) // config.block_size  # more would hardly be faster
     sizes = [n for n in range(rows, 0, -1) if rows % n == 0 and n <= max(1, most)]
     if on_cpu:  # the system kills a process that runs out of memory, so there is nothing to try
         return sizes[0]
@@ -698,24 +697,25 @@ def find_micro_batch(config, rows, machine):
         if fits:
             return n
     fail(f"not even one row of {config.block_size} tokens fits: "
-         f"use a smaller --block_size or model. {error}")  # fmt: skip
+         f"use a smaller --block_size or model. {error or ''}")  # fmt: skip
 
 
 def try_micro_batch(config, n, machine):
-    """Takes two training steps with n rows. Returns None, or the words of a device out of memory."""
+    """Takes two training steps with n rows. Returns None, or the error message if memory ran out."""
     error = None
     try:
         model = Model(config).to(machine.device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=machine.device.type != "mps")
         idx = torch.zeros(n, config.block_size, dtype=torch.int64, device=machine.device)
-        for _ in range(2):  # only the second has gradients and AdamW's moments beside it
+        for _ in range(2):  # the second has gradients and AdamW's moments in memory, too
             with machine.autocast:
                 _, loss = model(idx, idx)
             loss.backward()
             optimizer.step()
     except RuntimeError as caught:
         error = str(caught).splitlines()[0]
-        if not ("out of memory" in error or "ALLOC_FAILED" in error):  # cuBLAS says the latter
+        words = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # torch's, cuBLAS's, cuDNN's
+        if not any(word in error for word in words):
             raise
     if machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(machine.device)  # the run shows its own peak
@@ -769,20 +769,20 @@ def open_run(folder, asked):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
     checkpoint = load_checkpoint(folder) if needed or restarted else None
     if needed and checkpoint is None:
-        fail(f"{folder} holds no checkpoint: train it first, or name another run by --run_name")
+        fail(f"{folder} holds no checkpoint: train it first, or name another run with --run_name")
     if folder.exists() and not needed and not restarted:
-        fail(f"{folder} already holds a run: continue it by --resume, or choose another name by --run_name")
+        fail(f"{folder} already holds a run: continue it with --resume, or choose another --run_name")
     return checkpoint
 
 
 def resumed_config(checkpoint, given):
-    """The checkpoint's Config with the options given now. Raises SystemExit for one that must stay."""
+    """The checkpoint's Config with the options given now. Raises SystemExit for one that can't change."""
     old = checkpoint["config"]
     names = {field.name for field in dataclasses.fields(Config)}
     if checkpoint["script"] != Path(__file__).stem:
-        fail(f"the checkpoint is of {checkpoint['script']}.py: use that script")
+        fail(f"the checkpoint was made by {checkpoint['script']}.py: use that script")
     if checkpoint["format"] != CHECKPOINT_FORMAT or old.keys() != names:
-        fail("the checkpoint is of another version of this script: its copy in the run's folder reads it")
+        fail("the checkpoint is of another version of this script: use the copy in the run's folder")
     for name, value in given.items():
         if name not in MAY_CHANGE and value != old[name]:
             fail(f"--{name} {value}: the checkpoint has {old[name]}; leave it out, or start another run")
@@ -863,7 +863,7 @@ def main():
     last_step = first_step if asked.eval else config.max_steps
     if asked.resume and first_step >= last_step:
         fail(f"{folder} is finished at step {first_step}: "
-             "score it by --eval, or train on with a larger --max_steps")  # fmt: skip
+             "score it with --eval, or train on with a larger --max_steps")  # fmt: skip
     machine = start(config, world)
     device = machine.device
 
@@ -896,8 +896,8 @@ def main():
             scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
 
-    # ---- the same weights under three names: model for checkpoints, samples and HellaSwag, whose
-    # many shapes would each be compiled anew; compiled for speed; net to train, on all processes
+    # ---- three names for the same weights: model for checkpoints, samples and HellaSwag, whose many
+    # shapes would each be compiled anew; compiled for speed; net to train, on all processes
     compiled = model
     on_linux_gpu = device.type == "cuda" and os.name == "posix"
     if config.compile == "on" or (config.compile == "auto" and on_linux_gpu):
@@ -912,6 +912,7 @@ def main():
         fineweb.write_sample(config.data_dir)
     over_ranks([0], machine)  # the others wait for it
     trained_on = checkpoint["data"] if checkpoint else None
+    checkpoint = None  # gives its memory back
     data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, trained_on)
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
@@ -1005,13 +1006,15 @@ def main():
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         norm = norm.item()
-        figures = model.after_step(skipped=not math.isfinite(norm))
+        skipped = scaler.is_enabled() and not math.isfinite(norm)
+        figures = model.after_step(skipped)
         loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
         seconds = time.perf_counter() - began
 
         # ---- the log and the screen
-        skipped = scaler.is_enabled() and scaler.get_scale() >= 1 and not math.isfinite(norm)
-        if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+        # fp16 may skip a step now and then, but not with a scale below 1: the gradient itself is infinite
+        lost = not math.isfinite(norm) and (not skipped or scaler.get_scale() < 1)
+        if lost or not math.isfinite(loss):
             fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; "
                  f"the last good checkpoint, if any, is in {folder}")  # fmt: skip
         figures |= {"lr": lr, "norm": None if skipped else norm, "ms": 1000 * seconds}

@@ -91,7 +91,7 @@ def test_a_run_is_never_overwritten(small, tmp_path):
     assert small("--max_steps=1", "--run_name=a")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "log/a").iterdir()}
     status, said = small("--max_steps=1", "--run_name=a")
-    assert status == 1 and said == "log/a already holds a run: continue it by --resume, or choose another name by --run_name\n"
+    assert status == 1 and said == "log/a already holds a run: continue it with --resume, or choose another --run_name\n"
     status, said = small("--max_steps=1", "--run_name=a", "--resume")
     assert status == 1 and "is finished at step 1" in said
     assert {path.name: path.read_bytes() for path in (tmp_path / "log/a").iterdir()} == before
@@ -107,7 +107,7 @@ def test_eval_and_sample(small, tmp_path):
     assert status == 0 and said.count("The number of") == 4
     assert small("--run_name=a", "--sample", "The number of")[1] == said  # the seed is the run's
     status, said = small("--run_name=b", "--sample", "x")
-    assert status == 1 and said == "log/b holds no checkpoint: train it first, or name another run by --run_name\n"
+    assert status == 1 and said == "log/b holds no checkpoint: train it first, or name another run with --run_name\n"
 
 
 def test_padded_ids_are_never_sampled():
@@ -179,6 +179,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(small, tmp_path, d
 def test_options_on_resume(small, tmp_path):
     assert small("--max_steps=2", "--run_name=a")[0] == 0
     for option, message in (("--n_layer=2", "--n_layer 2: the checkpoint has 1"), ("--seed=1", "--seed 1: the checkpoint has 1337"),
+                            ("--recipe=shared", "--recipe shared: the checkpoint has paper"),
                             ("--batch_tokens=1024", "--batch_tokens 1024: the checkpoint has 512")):  # fmt: skip
         status, said = small("--run_name=a", "--resume", "--max_steps=4", option)
         assert status == 1 and said.startswith(message) and said.count("\n") == 1
@@ -196,10 +197,10 @@ def test_a_checkpoint_of_another_version_is_refused(small, tmp_path):
         torch.save(checkpoint | change, path)
         status, said = small("--run_name=a", "--resume", "--max_steps=2")
         assert status == 1 and said == (
-            "the checkpoint is of another version of this script: its copy in the run's folder reads it\n"
+            "the checkpoint is of another version of this script: use the copy in the run's folder\n"
         )
     torch.save(checkpoint | {"script": "train_llama"}, path)
-    assert small("--run_name=a", "--eval") == (1, "the checkpoint is of train_llama.py: use that script\n")
+    assert small("--run_name=a", "--eval") == (1, "the checkpoint was made by train_llama.py: use that script\n")
 
 
 def test_the_copy_of_a_changed_script_is_put_beside_the_first(small, tmp_path, monkeypatch):
@@ -330,7 +331,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
     (["--data_dir=nowhere"], "no token shards in nowhere: run `python fineweb.py`"),
     (["--vocab_size=100"], "has a vocabulary of 257, the model one of 100"),
     (["--block_size=512000", "--batch_tokens=512000"], "has no val shard that holds 512001 tokens"),
-    (["--resume"], "log/gpt2-tiny holds no checkpoint: train it first, or name another run by --run_name"),
+    (["--resume"], "log/gpt2-tiny holds no checkpoint: train it first, or name another run with --run_name"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_leaves_nothing(small, tmp_path, options, message):
     status, said = small(*options)
@@ -426,6 +427,7 @@ def test_out_of_memory_shrinks_the_micro_batch(find):
 @pytest.mark.parametrize("words, is_memory", [
     ("MPS backend out of memory (MPS allocated: 1 GB)", True),
     ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
     ("mat1 and mat2 shapes cannot be multiplied (4x3 and 4x3)", False),
 ])  # fmt: skip
 def test_only_out_of_memory_shrinks_it(find, monkeypatch, words, is_memory):
