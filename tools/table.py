@@ -16,7 +16,7 @@ import statistics
 import subprocess
 
 import fineweb
-from tools import bench, compare
+from tools import bench, compare, verdicts
 from tools.models import count_parameters, make_model
 from tools.sync import ORIGINAL, ROOT, siblings
 
@@ -31,7 +31,7 @@ DIFFERENCE = {  # what a reader of the diff to train_gpt2.py will see, in a sent
     "deepseek": "DeepSeek-V3: latent attention, 4 of 16 fine-grained experts and a shared one, balanced by a "
                 "bias, and a second token predicted.",
     "rwkv": "RWKV-7: no attention but a matrix-valued state with a delta rule, constant memory per token. "
-            "Its authors' learning rate, warm-up, betas and eps by default (`--recipe shared` for the "
+            "Its authors' learning rate, warm-up, beta2 and eps by default (`--recipe shared` for the "
             "common ones), and L2Wrap in its loss.",
     "mta": "Multi-Token Attention: attention maps convolved over queries and keys and mixed between heads.",
 }  # fmt: skip
@@ -132,7 +132,7 @@ def demonstration():
     for rank, pool in enumerate(sorted(pools, key=lambda pool: pool.loss()), start=1):
         total = pool.first.facts["parameters"]
         active = compare.active_parameters(pool.first)
-        loss = f"{pool.loss():.4f} ± {statistics.stdev(pool.losses()):.4f}"
+        loss = f"{pool.loss():.4f} ± {verdicts.half_interval(pool.losses()):.4f}"
         rows.append([str(rank), pool.name, f"{total:,}", f"{active:,}", loss])
     head = ["", "architecture", "parameters", "active per token", "validation loss"]
     return compare.table(head, rows, ["--:", "---"] + ["--:"] * 3)
@@ -150,6 +150,8 @@ def data():
         for name, values in result["figures"].items():
             what, _, unit = name.rpartition(", ")
             spread = f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            if min(values) == max(values):
+                spread = f"{values[0]:,}"
             rows.append([what, spread, unit])
     return compare.table(["", "median", "unit"], rows, ["---", "--:", "---"])
 
