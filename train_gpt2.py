@@ -509,18 +509,22 @@ def open_run(folder, asked):
     return checkpoint
 
 
-def resumed_config(checkpoint, given):
+def resumed_config(checkpoint, given, folder):
     """The checkpoint's Config with the options given now. Raises SystemExit for one that can't change."""
     old = checkpoint["config"]
     names = {field.name for field in dataclasses.fields(Config)}
     if checkpoint["script"] != Path(__file__).stem:
         fail(f"the checkpoint was made by {checkpoint['script']}.py: use that script")
     if checkpoint["format"] != CHECKPOINT_FORMAT or old.keys() != names:
-        fail("the checkpoint is of another version of this script: use the copy in the run's folder")
+        fail("the checkpoint is of another version of this script: "
+             f"run its copy, PYTHONPATH=. python {folder / Path(__file__).name}")  # fmt: skip
     for name, value in given.items():
         if name not in MAY_CHANGE and value != old[name]:
             fail(f"--{name} {value}: the checkpoint has {old[name]}; leave it out, or start another run")
-    return Config(**(old | given))
+    config = Config(**(old | given))
+    if config.max_steps != old["max_steps"]:
+        say(f"--max_steps {config.max_steps}, no longer {old['max_steps']}: this changes the learning rate")
+    return config
 
 
 # ==========================================================================
@@ -590,7 +594,7 @@ def main():
     folder = Path("log") / (config.run_name or default_name)
     checkpoint = open_run(folder, asked)
     if checkpoint:
-        config = resumed_config(checkpoint, given)
+        config = resumed_config(checkpoint, given, folder)
     world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
     check_config(config, world)
     first_step = checkpoint["step"] if checkpoint else 0

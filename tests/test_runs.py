@@ -197,7 +197,8 @@ def test_a_checkpoint_of_another_version_is_refused(small, tmp_path):
         torch.save(checkpoint | change, path)
         status, said = small("--run_name=a", "--resume", "--max_steps=2")
         assert status == 1 and said == (
-            "the checkpoint is of another version of this script: use the copy in the run's folder\n"
+            "the checkpoint is of another version of this script: "
+            "run its copy, PYTHONPATH=. python log/a/train_gpt2.py\n"
         )
     torch.save(checkpoint | {"script": "train_llama"}, path)
     assert small("--run_name=a", "--eval") == (1, "the checkpoint was made by train_llama.py: use that script\n")
@@ -213,6 +214,18 @@ def test_the_copy_of_a_changed_script_is_put_beside_the_first(small, tmp_path, m
         assert small("--run_name=a", "--resume", f"--max_steps={steps}")[0] == 0
     copies = {path.name: path.read_bytes() for path in (tmp_path / "log/a").glob("*.py")}
     assert copies == {"train_gpt2.py": first, "train_gpt2.2.py": first + b"# changed\n"}
+
+
+def test_the_copy_of_the_script_runs_from_the_runs_folder(small, small_sample, tmp_path):
+    assert small("--max_steps=2", "--run_name=a")[0] == 0
+    (loss,) = [event["loss"] for event in events(tmp_path / "log/a", "val") if event["step"] == 2]
+    arguments = [sys.executable, "log/a/train_gpt2.py", *SMALL, f"--data_dir={small_sample}", "--run_name=a"]
+    said = finish([*arguments, "--eval"], tmp_path, PYTHONPATH=str(ROOT))
+    assert f"step 00002 | validation loss {loss:.4f}" in said
+    said = finish([*arguments, "--resume", "--max_steps=3"], tmp_path, PYTHONPATH=str(ROOT))
+    assert "--max_steps 3, no longer 2: this changes the learning rate" in said
+    assert [path.name for path in (tmp_path / "log/a").glob("*.py")] == ["train_gpt2.py"]
+    assert (tmp_path / "log/a/train_gpt2.py").read_bytes() == (ROOT / "train_gpt2.py").read_bytes()
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
