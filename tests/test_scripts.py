@@ -134,7 +134,7 @@ def test_length_and_imports(script):
     text = (ROOT / f"{script.__name__}.py").read_text()
     lines = text.splitlines()
     # DeepSeek-V3 and RWKV-7 are the papers with the most equations
-    assert len(lines) <= (1040 if script.__name__ in ("train_deepseek", "train_rwkv") else 880)
+    assert len(lines) <= (1040 if script.__name__ in ("train_deepseek", "train_rwkv") else 890)
     assert max(map(len, lines)) <= 110
     filled = [len(line) for line in lines if line.strip()]
     assert sum(filled) / len(filled) <= 58
