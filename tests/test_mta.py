@@ -35,7 +35,7 @@ def released(w, config):
 WIDE = dict(n_layer=1, conv_every=1, conv_queries=3, conv_keys=21, rope_theta=100.0)
 
 
-@pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("dtype, relative", [(torch.float32, 3e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("rows, length, fields", [
     (256, 60, {}), (256, 3, {}), (16, 41, {}), (16, 41, WIDE),  # one block of rows, and several with a rest
 ])  # fmt: skip

@@ -105,7 +105,7 @@ def test_solve(L):
 # ---- the model
 
 
-@pytest.mark.parametrize("dtype, relative", [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype, relative", [(torch.float64, 1e-11), (torch.float32, 3e-5)])
 def test_logits_loss_and_gradients_equal_the_naive_model(dtype, relative):
     model = make()
     idx, targets = tokens(2, 3, 75)
