@@ -132,12 +132,14 @@ def recurrence_by_token(r, log_w, k, v, a, b, state):
     S is the paper's matrix transposed: keys are rows, values columns. Returns y (B, T, H, D) and S_T.
     """
     y = []
-    for t in range(r.shape[1]):
-        read = torch.einsum("bhk,bhkv->bhv", a[:, t], state)
-        state = log_w[:, t].exp()[..., None] * state
-        state = state + torch.einsum("bhk,bhv->bhkv", b[:, t], read)
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        y.append(torch.einsum("bhk,bhkv->bhv", r[:, t], state))
+    # unbind, since the backward pass of indexing by t would take time quadratic in T
+    tokens = zip(r.unbind(1), log_w.unbind(1), k.unbind(1), v.unbind(1), a.unbind(1), b.unbind(1))
+    for r_t, log_w_t, k_t, v_t, a_t, b_t in tokens:
+        read = torch.einsum("bhk,bhkv->bhv", a_t, state)
+        state = log_w_t.exp()[..., None] * state
+        state = state + torch.einsum("bhk,bhv->bhkv", b_t, read)
+        state = state + torch.einsum("bhk,bhv->bhkv", k_t, v_t)
+        y.append(torch.einsum("bhk,bhkv->bhv", r_t, state))
     return torch.stack(y, dim=1), state
 
 
