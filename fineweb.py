@@ -96,8 +96,11 @@ def shard_tokens(path):
     if not path.exists():
         fail(f"{path} is missing: run the fineweb.py command that made the folder again")
     with open(path, "rb") as f:
-        header = np.frombuffer(f.read(HEADER_BYTES), dtype=np.int32)
-    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+        content = f.read(HEADER_BYTES)
+    # the length comes first: an odd number of bytes is no array of int32
+    is_whole = len(content) == HEADER_BYTES
+    header = np.frombuffer(content, dtype=np.int32) if is_whole else np.zeros(256, dtype=np.int32)
+    if header[0] != MAGIC or header[1] != VERSION:
         fail(f"{path} is not a token shard (magic {MAGIC}, version {VERSION}): "
              "remove it, or write it again")
     n_tokens = int(header[2])

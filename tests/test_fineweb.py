@@ -492,3 +492,11 @@ def test_token_beyond_the_vocabulary_stops_the_run(tmp_path):
     loader = fineweb.Loader(fineweb.Windows(folder, "train", 32), 16, 0, vocab_size=120)
     with pytest.raises(SystemExit, match="token .* is beyond the vocabulary of 120"):
         loader.batch(0)
+
+
+@pytest.mark.parametrize("size", [0, 12, 501, 1023])
+def test_a_shard_cut_off_in_its_header_is_one_line(tmp_path, size):
+    path = tmp_path / "fineweb_train_000001.bin"
+    path.write_bytes(fineweb.shard_header(100)[:size])
+    with pytest.raises(SystemExit, match="000001.bin is not a token shard"):
+        fineweb.shard_tokens(path)
