@@ -70,6 +70,7 @@ DATASETS = {
     },
 }
 SAMPLE = "data/sample"
+CLOZE = 2  # version of cloze_items(): a folder with another one's items gets new ones
 
 # The training scripts' defaults: next_command() scales them down to a smaller dataset.
 BATCH_TOKENS = 2**19
@@ -117,6 +118,7 @@ def shard_tokens(path):
 #   tokenizer, vocab_size
 #   shard_tokens, val_tokens    size of a training shard and of the first one (not if ready-made)
 #   complete                    true once the source has been read to its end
+#   cloze                       of the offline sample: which version of the task is beside it
 #   shards                      a list of {name, tokens, sha256, next}, where next is the place where
 #                               the next shard begins: [file, document, tokens of it already written]
 
@@ -685,9 +687,20 @@ def write_sample(folder=SAMPLE):
     all_there = all((folder / shard["name"]).exists() for shard in shards)
     if manifest and manifest["complete"] and all_there:
         say(f"{folder} already exists")
-        return
-    if manifest:  # left half-written by a killed process: it takes seconds, so begin anew
-        shutil.rmtree(folder)
+    else:
+        if manifest:  # left half-written by a killed process: it takes seconds, so begin anew
+            shutil.rmtree(folder)
+        manifest = write_sample_shards(folder)
+    if manifest.get("cloze") != CLOZE or not (folder / "cloze.jsonl").exists():
+        documents = documents_of(folder / manifest["shards"][0]["name"])
+        content = "".join(json.dumps(item) + "\n" for item in cloze_items(documents)).encode()
+        write_atomic(folder / "cloze.jsonl", lambda f: f.write(content))
+        write_manifest(folder, manifest | {"cloze": CLOZE})
+        say(f"wrote {folder / 'cloze.jsonl'}, the four-way task")
+
+
+def write_sample_shards(folder):
+    """Writes the offline dataset's shards; returns the manifest."""
     documents = sample_documents()
     wanted = {
         "dataset": "sample", "revision": None,
@@ -704,16 +717,22 @@ def write_sample(folder=SAMPLE):
         return tokenized(1, open_file, (file, row), "bytes", 0)
 
     folder.mkdir(parents=True, exist_ok=True)
-    # the task's texts are documents that lie wholly in the validation shard
-    ends = np.cumsum([len(text) + 1 for text in documents])
-    n_held_out = int(np.searchsorted(ends, wanted["val_tokens"]))
-    items = cloze_items(documents[:n_held_out])
-    lines = "".join(json.dumps(item) + "\n" for item in items).encode()
-    write_atomic(folder / "cloze.jsonl", lambda f: f.write(lines))
     manifest = open_manifest(folder, wanted)
-    n_tokens = int(ends[-1])
+    n_tokens = sum(len(text) + 1 for text in documents)
     write_shards(folder, manifest, source, None, n_tokens)
     say(f"wrote {n_tokens:,} bytes of English to {folder}")
+    return manifest
+
+
+def documents_of(path):
+    """The texts in a shard of bytes, without the last one, which may go on in the next shard."""
+    tokens = map_shard(path, at_random=False)
+    begins = np.flatnonzero(tokens == VOCAB_SIZE["bytes"] - 1)  # each document's <|endoftext|>
+    documents = []
+    for begin, end in zip(begins, begins[1:]):
+        content = tokens[begin + 1 : end].astype(np.uint8).tobytes()
+        documents.append(content.decode(errors="replace"))
+    return documents
 
 
 def sample_documents():
@@ -763,35 +782,41 @@ def is_prose(text):
     return long_enough and letters >= 0.86 * len(text) and text.isascii() and ">>>" not in text
 
 
-def cloze_items(documents, n_items=400):
-    """Four-way items in HellaSwag's format: a text's true continuation and three shuffles of it.
+def cloze_items(documents, n_items=1000):
+    """Four-way items in HellaSwag's format: six words that continue a text, and three shuffles of them.
 
     Wrong endings from other texts would leave models as small as these at chance; the order of words
-    is something that they do learn.
+    is something that they do learn. The endings have small letters and spaces only: a full stop or a
+    capital in an odd place would give the wrong ones away. They are drawn without a look at them.
     """
     rng = np.random.default_rng(0)
-    items = []
+    windows = []  # of six words of context and six of the ending
     for text in documents:
         words = text.split()
-        if len(words) < 20:
-            continue
-        if len(items) == n_items:
-            break
-        start = int(rng.integers(len(words) - 19))
-        context = " ".join(words[start : start + 10])
-        ending = words[start + 10 : start + 18]
-        truth = " ".join(ending)
-        wrong = {" ".join(rng.permutation(ending)) for _ in range(8)} - {truth}
-        # long ones would not fit into the 128 tokens of a tiny model
-        if len(wrong) < 3 or len(context) > 80 or len(truth) > 60:
-            continue
-        label = int(rng.integers(4))
-        endings = sorted(wrong)[:3]
-        endings.insert(label, truth)
+        start = 0
+        while start + 12 <= len(words):
+            ending = words[start + 6 : start + 12]
+            plain = all(re.fullmatch("[a-z]+", word) for word in ending)
+            # a word twice would give shuffles like each other, and 100 characters fit into --tiny's 128
+            short = len(" ".join(words[start : start + 12])) <= 100
+            if plain and short and len(set(ending)) == 6:
+                windows.append((" ".join(words[start : start + 6]), ending))
+                start += 12
+            else:
+                start += 1
+    items = []
+    for number in rng.permutation(len(windows))[:n_items]:
+        context, ending = windows[number]
+        endings = [" ".join(ending)]
+        while len(endings) < 4:
+            shuffled = " ".join(rng.permutation(ending))
+            if shuffled not in endings:
+                endings.append(shuffled)
+        order = rng.permutation(4)
         items.append({
             "ind": len(items), "activity_label": "",
             "ctx_a": context, "ctx_b": "", "ctx": context,
-            "endings": endings, "label": label,
+            "endings": [endings[i] for i in order], "label": int(np.flatnonzero(order == 0)[0]),
         })  # fmt: skip
     return items
 

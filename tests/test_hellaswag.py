@@ -252,13 +252,13 @@ def test_too_few_items_are_one_line(tmp_path):
 
 def test_scorer_of_the_offline_dataset(sample, tmp_path, model):
     scorer = hellaswag.open_scorer("nowhere", sample, fineweb.get_tokenizer("bytes"), 128)
-    assert scorer.task == "cloze" and list(scorer.batches) == ["nanogpt"] and len(scorer.labels) == 400
+    assert scorer.task == "cloze" and list(scorer.batches) == ["nanogpt"] and len(scorer.labels) == 1000
     result = scorer.score(lambda x, y: model(x, y, "none")[1], "nanogpt", 7, tmp_path)
     saved = json.loads((tmp_path / "cloze_nanogpt.json").read_text())
-    assert saved["step"] == 7 and len(saved["labels"]) == 400
+    assert saved["step"] == 7 and len(saved["labels"]) == 1000
     assert saved["predictions"] == result["predictions"]
     right = sum(a == b for a, b in zip(saved["predictions_norm"], saved["labels"]))
-    assert result["acc_norm"] == right / 400
+    assert result["acc_norm"] == right / 1000
     line = hellaswag.one_line(result)
     assert "cloze (nanogpt): acc" in line and "HellaSwag" not in line
     assert hellaswag.open_scorer("nowhere", sample, None, 128) is None
