@@ -22,6 +22,7 @@ each shard's checksum.
 """
 import argparse
 import collections
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -35,6 +36,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -1216,34 +1218,82 @@ def parse_strictly(parser):
     return args
 
 
+locks = []  # held until this process ends
+
+
+def lock_folder(folder, advice, wait=False):
+    """Takes a folder's lock for the rest of this process. The system gives it back however that ends.
+
+    wait: if another process has it, wait until it ends; else SystemExit with a line that names the
+    holder and gives the advice. The folder is made if it doesn't exist.
+    """
+    import filelock
+
+    lock = filelock.FileLock(folder / ".lock")
+    holder = folder / ".lock.holder"
+    with one_line(f"{folder} can't be locked"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except filelock.Timeout:
+            name = holder.read_text() if holder.exists() else "another process"
+            fail(f"{folder} is in use by {name}: {advice}")
+        except NotImplementedError:  # some network file systems
+            say(f"{folder} is on a disk without locks: take care that no other process writes to it")
+            return
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    locks.append(lock)
+
+
+@contextlib.contextmanager
+def one_line(what):
+    """A context in which an OSError ends the program with one line, which starts with what."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{what} ({error.strerror or error})")
+
+
 def open_log(path, step):
     """Opens a run's log.jsonl for appending, without its lines on this step and later ones.
 
-    A run that is resumed at step writes these again. path None: a file that keeps nothing, for the
-    processes that don't log.
+    A run that is resumed at step writes these again; it must hold the folder's lock. step math.inf
+    leaves the file as it is, since another process may be writing to it. path None: a file that keeps
+    nothing, for the processes that don't log.
     """
     if path is None:
         return open(os.devnull, "w")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with one_line(f"{path} can't be opened"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and step < math.inf:
+            keep_lines_before(path, step)
+        return open(path, "a", buffering=1)  # each line is in the file as soon as it is written
+
+
+def keep_lines_before(path, step):
+    """Leaves out a log's lines on this step and later ones, and, with a word, the damaged ones."""
     kept = []
-    for line in old:
+    damaged = 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            logged = json.loads(line).get("step", -1)
-        except ValueError:  # a killed run may leave half a line
+            event = json.loads(line)
+            logged = event.get("step", -1)
+            keep = logged < step
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            damaged += 1  # a killed run may leave half a line
             continue
-        if logged < step:
+        if keep:
             kept.append(line)
-    content = "".join(kept).encode()
-    write_atomic(path, lambda f: f.write(content))
-    return open(path, "a", buffering=1)  # each line is in the file as soon as it is written
+    if damaged:
+        say(f"{path}: {damaged} damaged line(s) left out")
+    write_atomic(path, lambda f: f.write(b"".join(kept)))
 
 
-def write_atomic(path, write):
+def write_atomic(path, write, advice="run the same command again to go on"):
     """Makes the file path by write(f), f a binary file.
 
     Whenever the program or the machine stops, path is the whole old file or the whole new one.
-    Raises SystemExit if it can't be written.
+    Raises SystemExit if it can't be written; advice: what to do once there is room.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -1256,8 +1306,10 @@ def write_atomic(path, write):
             os.fsync(f.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        partial.unlink(missing_ok=True)
-        fail(f"{path} can't be written ({error}): make room, then run the same command again to go on")
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        fail(f"{path} can't be written ({reason}): make room, then {advice}")
 
 
 def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
