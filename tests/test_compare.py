@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import fineweb
-from tools import compare, verdicts
+from tools import compare, runs as reading, verdicts
 
 SCRIPT = importlib.import_module("train_gpt2")
 RWKV = importlib.import_module("train_rwkv")
@@ -425,7 +425,7 @@ def make_run(script, folder="log/x", script_hash=None, seed=1, loss=3.0, **field
         "data": {"tokenizer": "bytes", "fingerprint": fields.pop("fingerprint", "f")},
     }  # fmt: skip
     val = {0: 5.0, config["max_steps"]: loss}
-    return compare.Run(Path(folder), facts, script_hash, [], {}, val, {}, {})
+    return reading.Run(Path(folder), facts, script_hash, [], {}, val, {}, {})
 
 
 def names_of(runs):

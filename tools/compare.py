@@ -14,345 +14,38 @@ printed in its row. An unfinished run is shown, but not ranked.
 Verdicts are by the final validation loss over seeds: see tools/verdicts.py.
 """
 import argparse
-import base64
-import dataclasses
 import difflib
-import importlib
 import json
 import math
 import shutil
 import statistics
-import string
 import subprocess
 from pathlib import Path
 
 import fineweb
 from tools import verdicts
 from tools.models import count_parameters
+from tools.page import make_page
 from tools.pictures import draw
+from tools.runs import (
+    RECIPE_FIELDS,
+    RENAMED_FIELDS,
+    Unreadable,
+    find_copy,
+    find_script,
+    hash_file,
+    pool_runs,
+    read_log,  # noqa: F401  for tools.export
+    read_run,
+    require,
+    trained_hash,  # noqa: F401  for tools.export
+    without_repeats,
+)
 
 BUDGET = 124_475_904
-RECIPE_FIELDS = (
-    "max_lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip",
-)  # fmt: skip
-CONDITION_FIELDS = ("max_steps", "batch_tokens", "val_tokens", "block_size", "train_shards", "seed", "recipe")
-# what may differ between runs that are pooled, beside the seed
-VARYING_FIELDS = (
-    "run_name", "data_dir", "hellaswag", "device", "micro_batch", "compile", "log_every", "prompt",
-    "sample_tokens",
-)  # fmt: skip
-HASH_DIGITS = 16  # of the sha256 of a script's file that the logs have
-# Logs from before these fields were renamed, such as results/demo's: {script: {old name: today's}}
-RENAMED_FIELDS = {
-    "train_deepseek": {"expert_width": "n_inner_expert", "dense_width": "n_inner"},
-    "train_rwkv": {"n_ffn": "n_inner"},
-}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Reading runs
-
-
-class Unreadable(Exception):
-    """A run that has to be left out; says why."""
-
-
-@dataclasses.dataclass
-class Run:
-    """One run's log: the facts of its last start that trained, and the latest that it logged of each step."""
-
-    folder: Path
-    facts: dict
-    script_hash: str | None  # of the script's text; None if neither the log nor a copy tells it
-    changed: list  # conditions that were not the same from its first step to its last
-    train: dict
-    val: dict
-    scores: dict  # (task, convention) -> {step: result}
-    right: dict  # (task, convention) -> list of bool per item, of the newest score
-
-    @property
-    def config(self):
-        return self.facts["config"]
-
-    @property
-    def steps(self):
-        return max(self.val)
-
-    @property
-    def finished(self):
-        return self.steps == self.config["max_steps"]
-
-    @property
-    def architecture(self):
-        return self.facts["script"].removeprefix("train_")
-
-    @property
-    def seed(self):
-        return self.config["seed"]
-
-    def fixed_config(self):
-        """Its config under today's names, without the fields that may differ between runs of a pool."""
-        renamed = RENAMED_FIELDS.get(self.facts["script"], {})
-        fields = {renamed.get(name, name): value for name, value in self.config.items()}
-        return {name: value for name, value in fields.items() if name not in (*VARYING_FIELDS, "seed")}
-
-    def newest_score(self, key):
-        return self.scores[key][max(self.scores[key])]
-
-
-def require(fields, *names):
-    """Raises KeyError if a dict lacks one of the names."""
-    for name in names:
-        if name not in fields:
-            raise KeyError(name)
-
-
-class Log:
-    """The events of a log.jsonl, sorted by kind."""
-
-    def __init__(self):
-        self.starts = []  # the run events: one each time that the script was started
-        self.trained = set()  # numbers of the starts that took a step
-        self.train = {}  # step -> event
-        self.val = []  # (the start it was in, step, loss)
-        self.scores = {}  # (task, convention) -> {step: event}
-
-    def training(self):
-        """The starts that trained; of a run that took no step the last one."""
-        return [self.starts[i] for i in sorted(self.trained)] or self.starts[-1:]
-
-    def add(self, event):
-        """Raises KeyError, TypeError, ValueError or IndexError for what is no event of a run."""
-        kind = event["event"]
-        if kind == "run":
-            require(event, "script", "processes", "parameters", "flops_per_token")
-            require(event["data"], "fingerprint", "tokenizer")
-            require(event["config"], *RECIPE_FIELDS, *CONDITION_FIELDS)
-            self.starts.append(event)
-        elif kind == "train":
-            require(event, "ms")
-            self.train[event["step"]] = event | {"processes": self.starts[-1]["processes"]}
-            self.trained.add(len(self.starts) - 1)
-        elif kind == "val":
-            self.val.append((self.starts[-1], event["step"], float(event["loss"])))
-        elif kind == "score":
-            require(event, "acc_norm", "n")
-            key = event["task"], event["convention"]
-            self.scores.setdefault(key, {})[event["step"]] = event
-
-
-def read_log(path):
-    """The Log in a file. Raises Unreadable for a file that is no run's."""
-    log = Log()
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            log.add(json.loads(line))
-        except (ValueError, KeyError, TypeError, IndexError):
-            if number < len(lines):  # the last line of a run that goes on, or was killed, may be half there
-                raise Unreadable(f"line {number} of its log.jsonl is not an event of a run") from None
-    if not lines:
-        raise Unreadable("its log.jsonl is empty")
-    if not log.starts:
-        raise Unreadable("its log.jsonl does not say what run it is")
-    return log
-
-
-def fixed_conditions(start):
-    """What must stay the same from a run's first step to its last: {name: value}."""
-    names = (*RECIPE_FIELDS, "max_steps", "batch_tokens", "val_tokens")
-    return {name: start["config"][name] for name in names} | start["data"]
-
-
-def hash_file(path):
-    """A script's hash as the logs have it."""
-    return fineweb.sha256(path)[:HASH_DIGITS]
-
-
-def script_copies(folder, name):
-    """The copies of a script in a run's folder, train_x.py, train_x.2.py and so on, the newest last."""
-    copies = [folder / f"{name}.py"]
-    while copies[-1].is_file():
-        copies.append(folder / f"{name}.{len(copies) + 1}.py")
-    return copies[:-1]
-
-
-def find_copy(folder, name, script_hash):
-    """The copy of a script with a hash, the newest one if the hash is None; None if there is no such copy."""
-    for copy in reversed(script_copies(folder, name)):
-        if script_hash in (None, hash_file(copy)):
-            return copy
-    return None
-
-
-def trained_hash(folder, training):
-    """(hash of the script that trained last, or None, whether another one trained before it).
-
-    Logs from before the scripts logged it lack the hash; then the newest copy tells it.
-    """
-    hashes = [start["script_hash"] for start in training if "script_hash" in start]
-    if hashes:
-        return hashes[-1], len(set(hashes)) > 1
-    copy = find_copy(folder, training[-1]["script"], None)
-    return (hash_file(copy) if copy else None), False
-
-
-def read_predictions(folder, key):
-    """Which items a run got right in its newest score, or None if its predictions can't be read."""
-    task, convention = key
-    try:
-        saved = json.loads((folder / f"{task}_{convention}.json").read_text(encoding="utf-8"))
-        pairs = zip(saved["predictions_norm"], saved["labels"], strict=True)
-        return [prediction == label for prediction, label in pairs]
-    except (OSError, ValueError, KeyError):
-        return None  # then there is no test on the items, and the report says so
-
-
-def read_run(folder):
-    """The Run in a folder. Raises Unreadable for a folder without a log, or with one that is no run's."""
-    folder = Path(folder)
-    path = folder / "log.jsonl"
-    if not path.is_file():
-        raise Unreadable("has no log.jsonl")
-    log = read_log(path)
-    training = log.training()
-    facts = training[-1]  # a later --eval may have had other options or processes
-    fixed = fixed_conditions(facts)
-    changed = set()
-    for start in training:
-        changed |= {name for name, value in fixed_conditions(start).items() if value != fixed.get(name)}
-    script_hash, edited = trained_hash(folder, training)
-    if edited:
-        changed.add("the script")
-    val = {}
-    for start, step, loss in log.val:
-        here = fixed_conditions(start)
-        if (here["val_tokens"], here["fingerprint"]) == (fixed["val_tokens"], fixed["fingerprint"]):
-            val[step] = loss
-    if not val:
-        raise Unreadable("it was not validated even once")
-    right = {}
-    for key in log.scores:
-        answers = read_predictions(folder, key)
-        if answers is not None:
-            right[key] = answers
-    return Run(folder, facts, script_hash, sorted(changed), log.train, val, log.scores, right)
-
-
-@dataclasses.dataclass
-class Pool:
-    """Runs of one script and config with different seeds, or one unfinished run."""
-
-    name: str
-    runs: list
-
-    @property
-    def first(self):
-        return self.runs[0]
-
-    @property
-    def finished(self):
-        return self.first.finished
-
-    def losses(self):
-        return [run.val[run.steps] for run in self.runs]
-
-    def losses_by_seed(self):
-        return {run.seed: run.val[run.steps] for run in self.runs}
-
-    def loss(self):
-        return statistics.mean(self.losses())
-
-    def answers(self, key):
-        """{seed: which items were right} by a score, None unless all have predictions of the same items."""
-        answers = {run.seed: run.right.get(key) for run in self.runs}
-        if None in answers.values() or len(set(map(len, answers.values()))) != 1:
-            return None
-        return answers
-
-    def items(self, key):
-        """How many items a score has."""
-        return self.first.newest_score(key)["n"]
-
-    def accuracy(self, key):
-        """(mean acc_norm over the seeds, its error), None if not all were scored.
-
-        1.96 errors are half of the 95% interval's width, over seeds and items.
-        """
-        if not all(key in run.scores for run in self.runs):
-            return None
-        mean = statistics.mean(run.newest_score(key)["acc_norm"] for run in self.runs)
-        answers = self.answers(key)
-        if answers:
-            return mean, verdicts.half_accuracy(answers) / 1.96
-        return mean, math.sqrt(mean * (1 - mean) / self.items(key))  # over the items alone
-
-    def curve(self, of):
-        """[(step, mean)] over the seeds of {step: value}, at the steps that all of them have."""
-        curves = [of(run) for run in self.runs]
-        steps = set.intersection(*map(set, curves))
-        return [(step, statistics.mean(curve[step] for curve in curves)) for step in sorted(steps)]
-
-
-def preference(run):
-    """Of runs that repeat each other the one with the largest preference is kept."""
-    return run.finished, run.facts.get("time", 0), str(run.folder)
-
-
-def without_repeats(runs):
-    """(the runs without those that repeat another one, seed and all, a line on each that was dropped)."""
-    groups = {}
-    for run in runs:
-        groups.setdefault((pool_key(run), run.seed), []).append(run)
-    kept = []
-    lines = []
-    for group in groups.values():
-        best = max(group, key=preference)
-        kept.append(best)
-        for run in group:
-            if run is not best:
-                why = "finished" if best.finished and not run.finished else "is newer"
-                lines.append(f"{run.folder} is no second seed: it has seed {run.seed} and all else in common "
-                             f"with {best.folder}, which {why}")  # fmt: skip
-    return kept, lines
-
-
-def pool_key(run):
-    """Equal for runs that differ in the seed only."""
-    key = [run.facts["script"], run.script_hash, run.fixed_config(), run.facts["data"], run.changed]
-    return json.dumps(key, sort_keys=True)
-
-
-def pool_runs(runs):
-    """The runs as a list of Pool, whatever their order."""
-    runs, _ = without_repeats(runs)
-    groups = {}
-    for run in sorted(runs, key=lambda run: (run.architecture, run.seed, str(run.folder))):
-        alone = None if run.finished else run.folder
-        groups.setdefault((pool_key(run), alone), []).append(run)
-    firsts = [group[0] for group in groups.values()]
-    names = [run.architecture for run in firsts]
-    folders = [run.folder.name for run in firsts]
-    pools = []
-    for run, group in zip(firsts, groups.values()):
-        name = run.architecture
-        if names.count(name) > 1:
-            unique = folders.count(run.folder.name) == 1
-            name += f" ({run.folder.name if unique else run.folder})"
-        pools.append(Pool(name, group))
-    return pools
-
 
 # ----------------------------------------------------------------------------------------------------------
 # Is it fair?
-
-
-def find_script(run):
-    """The module of a run's script, or None if it isn't here."""
-    try:
-        return importlib.import_module(run.facts["script"])
-    except ImportError:
-        return None
 
 
 def by_paper(run):
@@ -711,20 +404,6 @@ def against(path, runs):
 # ----------------------------------------------------------------------------------------------------------
 # The report
 
-PAGE = string.Template("""<!doctype html>
-<meta charset="utf-8">
-<title>NanoTitan report</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; margin: 1em 0; font-size: 13px }
-td, th { border: 1px solid #bbb; padding: .25em .6em; text-align: right }
-td:nth-child(2), th { text-align: left }
-img { max-width: 100%; margin: 1em 0 }
-</style>
-$body
-""")
-
-
 HOW_TO_READ = (
     "± is half of a 95% interval's width everywhere: of losses over the seeds, by Student's t; of "
     "accuracies over the seeds and the items, with one seed over the items alone. An interval is for its "
@@ -732,17 +411,6 @@ HOW_TO_READ = (
     "them, at 5%."
 )
 SHARED_RECIPE = " A paper's own settings are in its row; `--recipe shared` trains with everyone's instead."
-
-
-def make_page(markdown, folder, pictures):
-    """The report as one HTML page that holds its pictures, files in the folder."""
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    for file in pictures:
-        encoded = base64.b64encode((folder / file).read_bytes()).decode()
-        body = body.replace(f'src="{file}"', f'src="data:image/png;base64,{encoded}"')
-    return PAGE.substitute(body=body)
 
 
 def group_report(group, keys):
