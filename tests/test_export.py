@@ -27,19 +27,22 @@ def trained(name, folder, **fields):
         if key.endswith("router.bias"):
             buffer += 0.1 * torch.randn_like(buffer)
     data = {"dataset": "sample", "tokenizer": "bytes", "vocab_size": 257, "fingerprint": "f"}
-    checkpoint = {
-        "format": script.CHECKPOINT_FORMAT, "script": script.__name__, "step": 7,
-        "config": vars(config), "data": data, "model": model.state_dict(),
-        "optimizer": {}, "scaler": {}, "rng": torch.get_rng_state(),
-    }  # fmt: skip
     folder.mkdir(parents=True)
-    torch.save(checkpoint, folder / "step_000007.pt")
+    optimizer = torch.optim.AdamW(model.optimizer_groups())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    script.save_checkpoint(folder, 7, config, data, model, optimizer, scaler)
     return model
 
 
-def run(monkeypatch, *arguments):
+def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
     export.main()
+
+
+def retag(folder, **fields):
+    """Changes fields of the checkpoint that trained() wrote."""
+    path = folder / "step_000007.pt"
+    torch.save(torch.load(path, weights_only=True) | fields, path)
 
 
 def assert_close(ours, theirs):
@@ -74,7 +77,7 @@ def test_a_config_goes_there_and_back(name):
 @pytest.mark.parametrize("name", weights.HF_CLASSES)
 def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, monkeypatch):
     model = trained(name, tmp_path / "log")
-    run(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
+    call(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     idx = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -95,41 +98,42 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, monkeyp
 def test_out_and_back_in_is_the_same_model_and_the_script_takes_it(name, tmp_path, monkeypatch, small_sample):
     model = trained(name, tmp_path / "run")
     script = importlib.import_module(f"train_{name}")
-    run(monkeypatch, tmp_path / "run", "--out", tmp_path / "hf")
-    fitting = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, "run", "--out", "hf")
+    fitting = transformers.AutoModelForCausalLM.from_pretrained("hf")
     fitting.resize_token_embeddings(257)  # a vocabulary that we have a tokenizer for
-    fitting.save_pretrained(tmp_path / "hf257")
-    run(monkeypatch, "--from", tmp_path / "hf257", "--out", tmp_path / "log/again")
-    checkpoint = torch.load(tmp_path / "log/again/step_000000.pt", weights_only=True)
+    fitting.save_pretrained("hf257")
+    call(monkeypatch, "--from", "hf257", "--out", "log/again")
+    checkpoint = torch.load("log/again/step_000000.pt", weights_only=True)
+    saved = torch.load("run/step_000007.pt", weights_only=True)
+    assert checkpoint.keys() == saved.keys() and checkpoint["script"] == script.__name__
     ours = model.state_dict()
     for key, tensor in checkpoint["model"].items():
         assert torch.equal(tensor, ours[key][: len(tensor)]), key
     options = [
-        "--run_name=again", "--resume", f"--data_dir={small_sample}", "--max_steps=2", "--val_tokens=512",
-        "--batch_tokens=524288", "--eval_every=9", "--sample_tokens=3",
+        "--run_name=again", "--resume", f"--data_dir={small_sample}", "--max_steps=2", "--warmup_steps=1",
+        "--val_tokens=512", "--eval_every=9", "--sample_tokens=3",
     ]  # fmt: skip
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script.__file__, *options])
-    # the imported run has the default batch; a smaller one does here
-    monkeypatch.setattr(script, "check_config", lambda config, world: setattr(config, "batch_tokens", 512))
     script.main()
-    assert (tmp_path / "log/again/step_000002.pt").exists()
+    assert Path("log/again/step_000002.pt").exists()
 
 
 def test_a_mistral_without_a_window_is_one_that_sees_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     trained("mistral", tmp_path / "run", vocab_size=257, window=64)
-    run(monkeypatch, tmp_path / "run", "--out", tmp_path / "hf")
-    fields = json.loads((tmp_path / "hf/config.json").read_text())
-    (tmp_path / "hf/config.json").write_text(json.dumps(fields | {"sliding_window": None}))
-    run(monkeypatch, "--from", tmp_path / "hf", "--out", tmp_path / "log")
-    checkpoint = torch.load(tmp_path / "log/step_000000.pt", weights_only=True)
+    call(monkeypatch, "run", "--out", "hf")
+    fields = json.loads(Path("hf/config.json").read_text())
+    Path("hf/config.json").write_text(json.dumps(fields | {"sliding_window": None}))
+    call(monkeypatch, "--from", "hf", "--out", "log/again")
+    checkpoint = torch.load("log/again/step_000000.pt", weights_only=True)
     assert checkpoint["config"]["window"] == checkpoint["config"]["block_size"] == 64
 
 
 def test_rwkv_comes_out_as_the_file_that_its_package_loads(tmp_path, monkeypatch):
     """test_rwkv.py runs the package on these names and compares the logits."""
     model = trained("rwkv", tmp_path / "log")
-    run(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
+    call(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
     state = torch.load(tmp_path / "out/model.pth", weights_only=True)
     expected = weights.to_official_rwkv(model.state_dict(), model.config)
     assert state.keys() == expected.keys() and "blocks.0.att.receptance.weight" in state
@@ -141,7 +145,7 @@ def test_mta_comes_out_under_its_own_names(tmp_path, monkeypatch, capsys):
     from safetensors.torch import load_file
 
     model = trained("mta", tmp_path / "log")
-    run(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
+    call(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
     assert "no library has a class for it" in capsys.readouterr().out
     state = load_file(tmp_path / "out/model.safetensors")
     assert state.keys() == model.state_dict().keys()
@@ -153,26 +157,58 @@ def test_mta_comes_out_under_its_own_names(tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="holds no checkpoint"):
-        run(monkeypatch, tmp_path / "nowhere", "--out", tmp_path / "hf")
-    with pytest.raises(SystemExit, match="give the folder of a run to export, or --from"):
-        run(monkeypatch, "--out", tmp_path / "hf")
-    trained("gpt2", tmp_path / "log")
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf/something").write_text("")
-    with pytest.raises(SystemExit, match="is not empty: choose another --out"):
-        run(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
-    with pytest.raises(SystemExit, match="can't be loaded"):
-        run(monkeypatch, "--from", tmp_path / "hf", "--out", tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    trained("gpt2", tmp_path / "run")
+    Path("file").write_text("")
+    Path("full").mkdir()
+    Path("full/something").write_text("")
+    mistakes = {
+        ("--out", "hf"): "give the folder of a run to export, or --from",
+        ("nowhere", "--out", "hf"): "nowhere holds no checkpoint",
+        ("run/step_000007.pt", "--out", "hf"): "step_000007.pt is a file: give the folder of a run",
+        ("run", "--out", "full"): "is not empty: choose another --out",
+        ("run", "--out", "file"): "--out file is a file: give a folder",
+        ("run", "--out", "file/hf"): "file.*: Not a directory",
+        ("--from", "full", "--out", "log/in"): "full can't be loaded",
+        ("--from", "file", "--out", "log/in"): "--from file is a file: give the folder that it is in",
+        ("--from", "full", "--out", "file"): "the scripts look for runs in log/",
+        ("--from", "full", "--out", "log"): "the scripts look for runs in log/",
+        ("--from", "full", "--out", "log/.."): "the scripts look for runs in log/",
+    }
+    for arguments, expected in mistakes.items():
+        with pytest.raises(SystemExit, match=expected) as error:
+            call(monkeypatch, *arguments)
+        assert "\n" not in error.value.code
+    assert not Path("hf").exists() and not Path("log").exists()
+    Path("log/a").mkdir(parents=True)
+    Path("log/a/log.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match="log/a is not empty"):
+        call(monkeypatch, "--from", "full", "--out", "log/a")
+    with pytest.raises(SystemExit, match="log/b is a file"):
+        Path("log/b").write_text("")
+        call(monkeypatch, "--from", "full", "--out", "log/b")
 
 
-@pytest.mark.parametrize("change", [{"format": 1}, {"config": {"n_layers": 2}}, {"script": "train_gone"}])
+def test_a_model_that_lacks_weights_is_refused(tmp_path, monkeypatch):
+    """transformers would fill them in with random ones."""
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.chdir(tmp_path)
+    trained("gpt2", tmp_path / "run", vocab_size=257)
+    call(monkeypatch, "run", "--out", "hf")
+    tensors = load_file("hf/model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, "hf/model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="hf lacks weights: transformer.h.1.mlp.c_fc.weight"):
+        call(monkeypatch, "--from", "hf", "--out", "log/in")
+
+
+@pytest.mark.parametrize("change", [{"format": 1}, {"config": {"n_layers": 2}}])
 def test_checkpoints_of_another_version_are_refused(change, tmp_path, monkeypatch):
     trained("gpt2", tmp_path / "log")
-    path = tmp_path / "log/step_000007.pt"
-    torch.save(torch.load(path, weights_only=True) | change, path)
-    with pytest.raises(SystemExit, match="was written by another version of train_g"):
-        run(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
+    retag(tmp_path / "log", **change)
+    with pytest.raises(SystemExit, match="was written by another version of train_gpt2.py"):
+        call(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
 
 
 def edit(text, *pairs):
@@ -188,6 +224,8 @@ def test_an_edited_model_is_refused(name, tmp_path, monkeypatch, capsys):
     script = Path(importlib.import_module(f"train_{name}").__file__)
     text = script.read_text()
 
+    retag(tmp_path / "log", script_hash="of another text")
+
     def export_with(*texts):
         for old in (tmp_path / "log").glob("train_*.py"):
             old.unlink()
@@ -195,7 +233,7 @@ def test_an_edited_model_is_refused(name, tmp_path, monkeypatch, capsys):
             suffix = f".{number}.py" if number > 1 else ".py"
             (tmp_path / f"log/train_{name}{suffix}").write_text(content)
         out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-        run(monkeypatch, tmp_path / "log", "--out", out)
+        call(monkeypatch, tmp_path / "log", "--out", out)
         return capsys.readouterr().out
 
     said = export_with()
@@ -212,23 +250,18 @@ def test_an_edited_model_is_refused(name, tmp_path, monkeypatch, capsys):
         export_with(text, edited)
 
 
-def test_of_several_copies_the_one_that_trained_last_counts(tmp_path, monkeypatch, capsys):
+def test_of_several_copies_the_one_that_made_the_checkpoint_counts(tmp_path, monkeypatch):
     trained("gpt2", tmp_path / "log")
     text = (ROOT / "train_gpt2.py").read_text()
-    (tmp_path / "log/train_gpt2.py").write_text(text + "# the last one by the log\n")
-    (tmp_path / "log/train_gpt2.2.py").write_text(text.replace("class Block(", "class Block2("))
-    event = {
-        "event": "run", "script": "train_gpt2", "processes": 1, "parameters": 1, "flops_per_token": 1,
-        "script_hash": fineweb.sha256(tmp_path / "log/train_gpt2.py")[:16],
-        "data": {"fingerprint": "f", "tokenizer": "bytes"},
-        "config": vars(importlib.import_module("train_gpt2").Config()),
-    }  # fmt: skip
-    (tmp_path / "log/log.jsonl").write_text(json.dumps(event) + "\n")
-    run(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
-    event["script_hash"] = fineweb.sha256(tmp_path / "log/train_gpt2.2.py")[:16]
-    (tmp_path / "log/log.jsonl").write_text(json.dumps(event) + "\n")
+    first = tmp_path / "log/train_gpt2.py"
+    second = tmp_path / "log/train_gpt2.2.py"
+    first.write_text(text + "# the same model\n")
+    second.write_text(text.replace("class Block(", "class Block2("))
+    retag(tmp_path / "log", script_hash=fineweb.script_hash(first))
+    call(monkeypatch, tmp_path / "log", "--out", tmp_path / "out")
+    retag(tmp_path / "log", script_hash=fineweb.script_hash(second))
     with pytest.raises(SystemExit, match="train_gpt2.2.py"):
-        run(monkeypatch, tmp_path / "log", "--out", tmp_path / "out2")
+        call(monkeypatch, tmp_path / "log", "--out", tmp_path / "out2")
 
 
 @pytest.mark.parametrize("fields, expected", [
@@ -237,20 +270,22 @@ def test_of_several_copies_the_one_that_trained_last_counts(tmp_path, monkeypatc
     ({"vocab_size": 300}, "a vocabulary of 300, which is neither GPT-2's nor bytes"),
 ])  # fmt: skip
 def test_gpt2_weights_that_do_not_fit_are_refused(fields, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     shape = {"vocab_size": 257, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
     config = transformers.GPT2Config(**(shape | fields))
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match=expected):
-        run(monkeypatch, "--from", tmp_path / "other", "--out", tmp_path / "in")
+        call(monkeypatch, "--from", "other", "--out", "log/in")
 
 
 def test_another_architecture_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
     config = transformers.OPTConfig(vocab_size=257, word_embed_proj_dim=32, **shape)
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
     expected = "is a OPTForCausalLM: only GPT-2, LLaMA, Mistral and Gemma 3 can be imported"
     with pytest.raises(SystemExit, match=expected):
-        run(monkeypatch, "--from", tmp_path / "opt", "--out", tmp_path / "in")
+        call(monkeypatch, "--from", "opt", "--out", "log/in")
 
 
 def test_gpt2_tokenizer_equals_tiktokens():

@@ -1,28 +1,37 @@
 """
 A finished run for use elsewhere, and others' weights for use here.
 
-    python -m tools.export log/llama --out hf/llama         # weights, config, tokenizer, model card
-    python -m tools.export --from hf/llama --out log/again  # a checkpoint for train_llama.py
+    python -m tools.export log/llama --out hf/llama     # to share: weights,
+                                     # config, tokenizer and model card
+    python -m tools.export --from gpt2 --out log/mine   # a run of step 0: for
+                                     # train_gpt2.py's --sample and --eval
 
-GPT-2, LLaMA, Mistral, Gemma and DeepSeek become transformers' own classes, for AutoModelForCausalLM,
-pipelines and lm-evaluation-harness; RWKV-7 becomes the authors' .pth, for the package rwkv. No library
-has a class for MTA: it becomes safetensors with our names. --from takes GPT-2 (OpenAI's included),
-LLaMA, Mistral and Gemma weights that fit a script's Config.
+GPT-2, LLaMA, Mistral, Gemma and DeepSeek become transformers' own classes, for
+AutoModelForCausalLM, pipelines and lm-evaluation-harness; RWKV-7 becomes the
+authors' .pth, for the package rwkv. No library has a class for MTA, nor for a
+script of your own, whatever its model: they become safetensors with our names.
+--from takes GPT-2 (OpenAI's included), LLaMA, Mistral and Gemma weights, by
+folder or name, that fit a script's Config.
 
-A run whose script's model is not today's is refused: its weights would come out as another model.
+A run whose script's model is not today's is refused: its weights would come
+out as another model.
 """
 import argparse
 import ast
 import base64
+import dataclasses
 import importlib
 import json
+import shlex
 import tempfile
 from pathlib import Path
 
 import torch
 
 import fineweb
-from tools import compare, weights
+import hellaswag
+from tools import runs, weights
+from tools.models import count_parameters
 from tools.sync import sections
 
 # GPT-2's pattern of words. The vocabulary of bytes merges nothing, so it makes no difference there.
@@ -33,23 +42,60 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 # Export
 
 
+def check_out(out):
+    """Raises SystemExit unless a folder is empty or not there yet."""
+    if out.is_file():
+        fineweb.fail(f"--out {out} is a file: give a folder that is empty or not there yet")
+    if out.exists() and any(out.iterdir()):
+        fineweb.fail(f"{out} is not empty: choose another --out, or remove it")
+
+
+def import_script(name, folder):
+    """The script that made a run, as a module. Raises SystemExit if it is not here or broken."""
+    if not name.startswith("train_"):  # anything could be imported
+        fineweb.fail(f"{folder} was made by {name}.py, which is no training script")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name != name:
+            raise
+        copy = runs.find_copy(folder, name, None)
+        advice = f"copy {copy} to {name}.py" if copy else "put it back"
+        fineweb.fail(f"{folder} was made by {name}.py, which is not here: {advice}")
+    except Exception as error:  # it is a user's own, perhaps just being edited
+        fineweb.fail(f"{name}.py can't be imported ({type(error).__name__}: {error})")
+
+
 def read_checkpoint(folder):
     """A run's (script module, Config, newest checkpoint). Raises SystemExit if it has none."""
     import train_gpt2  # every script reads checkpoints by the same function
 
+    if folder.is_file():
+        fineweb.fail(f"{folder} is a file: give the folder of a run, as log/gpt2")
     checkpoint = train_gpt2.load_checkpoint(folder)
     if checkpoint is None:
         fineweb.fail(f"{folder} holds no checkpoint: give the folder of a run, as log/gpt2")
     name = checkpoint["script"]
+    script = import_script(name, folder)
     other_version = f"{folder} was written by another version of {name}.py: use the tools of that one"
-    try:
-        script = importlib.import_module(name)
-        config = script.Config(**checkpoint["config"])
-    except (ImportError, TypeError):
-        fineweb.fail(other_version)
     if checkpoint["format"] != script.CHECKPOINT_FORMAT:
         fineweb.fail(other_version)
+    try:
+        config = script.Config(**checkpoint["config"])
+    except TypeError:
+        fineweb.fail(other_version)
     return script, config, checkpoint
+
+
+def read_log(folder):
+    """(the runs.Log of a run, None), or (None, why it can't be read)."""
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        return None, "its log.jsonl is not there"
+    try:
+        return runs.read_log(path), None
+    except (OSError, runs.Unreadable) as reason:
+        return None, str(reason)
 
 
 def model_code(text):
@@ -73,17 +119,13 @@ def model_code(text):
     return "\n".join(definitions)
 
 
-def check_script(folder, script):
+def check_script(folder, script, script_hash):
     """Raises SystemExit if a run's copy of its script has another model than the script has today."""
     name = script.__name__
     today = Path(script.__file__)
-    try:
-        script_hash, _ = compare.trained_hash(folder, compare.read_log(folder / "log.jsonl").training())
-    except (OSError, compare.Unreadable):
-        script_hash = None
-    if script_hash == compare.hash_file(today):
+    if script_hash == fineweb.script_hash(today):
         return
-    copy = compare.find_copy(folder, name, script_hash) or compare.find_copy(folder, name, None)
+    copy = runs.find_copy(folder, name, script_hash) or runs.find_copy(folder, name, None)
     if copy is None:
         print(f"{folder} holds no copy of {name}.py, so whether its model is today's can't be checked")
         return
@@ -110,26 +152,98 @@ def hf_tokenizer(name):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end)
 
 
-def model_card(name, config, checkpoint, how):
-    """README.md of an exported model: what it is, and what the checkpoint knows of its training."""
-    numbers = sum(tensor.numel() for tensor in checkpoint["model"].values())
+def front_matter(dataset, library):
+    """The YAML that the hub reads at the top of a model card: what is known, so no licence."""
+    from huggingface_hub import ModelCardData
+
+    on_hub = []
+    for known in fineweb.DATASETS.values():
+        on_hub += [known["repository"], known["ready_made"]]
+    repository = dataset.split(" ")[0]  # its folder may follow
+    fields = {"pipeline_tag": "text-generation"}
+    if library:
+        fields["library_name"] = library
+    if repository in on_hub:
+        fields["datasets"] = [repository]
+    if repository in on_hub or repository == "sample":
+        fields["language"] = "en"
+    return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
+
+
+def results(log, step):
+    """The newest validation loss and scores of a step in a runs.Log, in words: a list of lines."""
+    lines = []
+    for start, at, loss in reversed(log.val):
+        if at == step:
+            tokens = start["config"]["val_tokens"]
+            lines.append(f"validation loss {loss:.4f} nats per token, on up to {tokens:,} tokens")
+            break
+    for by_step in log.scores.values():
+        if step in by_step:
+            lines.append(hellaswag.one_line(by_step[step]))
+    return lines
+
+
+def model_card(name, config, checkpoint, log, no_log, trained, library, how):
+    """README.md of an exported model.
+
+    no_log: why log is None. trained: number of trained parameters. library: the hub's name of the one
+    that loads it, or None. how: Markdown that says how to load it.
+    """
+    step = checkpoint["step"]
+    data = checkpoint["data"]
+    tokens = step * config.batch_tokens
+    settings = ""
+    for field in runs.RECIPE_FIELDS:
+        if hasattr(config, field):  # a script of one's own may lack it
+            settings += f", {field} {getattr(config, field)}"
     facts = {
         "architecture": name,
-        "steps": checkpoint["step"],
-        "tokens": f"{checkpoint['step'] * config.batch_tokens:,}",
-        "data": checkpoint["data"]["dataset"],
-        "tokenizer": checkpoint["data"]["tokenizer"],
-        "parameters": f"{numbers:,} (with buffers)",
+        "parameters": f"{trained:,} trained",
+        "steps": f"{step:,} of {config.max_steps:,}",
+        "tokens": f"{tokens:,}",
+        "data": data["dataset"],
+        "tokenizer": data["tokenizer"],
+        "recipe": config.recipe + settings,
+        "seed": config.seed,
+        "script": f"train_{name}.py, sha256 {checkpoint['script_hash']}…",
     }
-    lines = [f"# {name}, trained with NanoTitan", "", how, ""]
-    for key, value in facts.items():
-        lines.append(f"- {key}: {value}")
-    lines += ["", "Config:", "", "```json", json.dumps(checkpoint["config"], indent=1), "```", ""]
-    return "\n".join(lines)
+    if log:
+        start = log.training()[-1]
+        facts["git commit"] = start.get("git", "unknown")
+        facts["torch"] = start.get("torch", "unknown")
+    lines = [f"# {name}, trained with NanoTitan", ""]
+    if step == 0:
+        lines += [f"Not trained here: at step 0 its weights are those of {data['dataset']}, if they were "
+                  "imported from there, and else random.", ""]  # fmt: skip
+    lines += [
+        f"A small language model ({trained:,} parameters, trained on {tokens:,} tokens), made to compare "
+        "architectures and not for use: nothing has taught it to follow instructions, and what it says is "
+        "often wrong.",
+        "",
+    ]
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
+    lines += ["", "## Results", ""]
+    if log is None:
+        lines.append(f"The run's losses and scores are unknown: {no_log}.")
+    else:
+        found = [f"- {line}" for line in results(log, step)]
+        lines += found or [f"Step {step} was not evaluated."]
+        lines += ["", f"Of step {step}; ± is one standard error, over the items."]
+    lines += ["", "## How to load it", "", how]
+    lines += ["", "## Config", "", "```json", json.dumps(checkpoint["config"], indent=1), "```", ""]
+    return front_matter(data["dataset"], library) + "\n".join(lines)
 
 
-def write_hf(name, config, checkpoint, out):
-    """Writes transformers' model and tokenizer; returns how to load them."""
+def code(*lines):
+    return "\n".join(["", "```python", *lines, "```"])
+
+
+def write_hf(name, config, checkpoint, trained, out):
+    """Writes transformers' model and tokenizer; returns how to load them, in Markdown."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # one of a single step
     tokenizer = hf_tokenizer(checkpoint["data"]["tokenizer"])
     model = weights.hf_model(name, config)
     model.load_state_dict(weights.to_hf(name, checkpoint["model"], config))
@@ -137,18 +251,30 @@ def write_hf(name, config, checkpoint, out):
     model.generation_config.update(do_sample=True, top_k=50, suppress_tokens=padding or None)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return "Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`."
+    how = "Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`."
+    left_out = trained - sum(p.numel() for p in model.parameters())
+    if left_out:
+        how += f" The class lacks the prediction of a second token: its {left_out:,} parameters are left out."
+    return how + "\n" + code(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"folder = {str(out)!r}  # the one of this file",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+    )
 
 
 def write_official_rwkv(config, checkpoint, out):
-    """Writes the authors' .pth; returns how to load it."""
+    """Writes the authors' .pth; returns how to load it, in Markdown."""
     state_dict = weights.to_official_rwkv(checkpoint["model"], config)
     fineweb.write_atomic(out / "model.pth", lambda f: torch.save(state_dict, f))
-    return "`RWKV(model='model', strategy='cpu fp32')` of the package `rwkv` loads it (with RWKV_V7_ON=1)."
+    how = "`RWKV(model='model', strategy='cpu fp32')` of the package `rwkv` loads it (with RWKV_V7_ON=1)."
+    tokenizer = checkpoint["data"]["tokenizer"]
+    return f"{how}\n\nIts tokens are those of `fineweb.get_tokenizer({tokenizer!r})`."
 
 
 def write_safetensors(name, checkpoint, out):
-    """Writes the tensors under our names; returns how to load them."""
+    """Writes the tensors under our names; returns how to load them, in Markdown."""
     from safetensors.torch import save_file
 
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint["model"].items()}
@@ -156,25 +282,46 @@ def write_safetensors(name, checkpoint, out):
     fields = {"architecture": name, **checkpoint["config"]}
     (out / "config.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
     print(f"{name}: no library has a class for it, so the safetensors have train_{name}.py's names")
-    return f"No library has a class for this architecture: load it with `train_{name}.py`'s Model."
+    how = f"No library has a class for this architecture: load it with `train_{name}.py`'s Model."
+    return how + "\n" + code(
+        "import json",
+        "from pathlib import Path",
+        "from safetensors.torch import load_file",
+        "import fineweb",
+        f"import train_{name} as script",
+        "",
+        f"folder = Path({str(out)!r})  # the one of this file",
+        "fields = json.loads((folder / 'config.json').read_text())",
+        "del fields['architecture']",
+        "model = script.Model(script.Config(**fields))",
+        "model.load_state_dict(load_file(folder / 'model.safetensors'))",
+        f"tokenizer = fineweb.get_tokenizer({checkpoint['data']['tokenizer']!r})",
+    )
 
 
 def export(folder, out):
     """Writes the newest checkpoint of a run as what others load."""
     script, config, checkpoint = read_checkpoint(folder)
-    check_script(folder, script)
+    log, no_log = read_log(folder)
+    check_script(folder, script, checkpoint["script_hash"])
     name = script.__name__.removeprefix("train_")
-    if out.exists() and any(out.iterdir()):
-        fineweb.fail(f"{out} is not empty: choose another --out, or remove it")
+    trained, _ = count_parameters(script, config)
+    check_out(out)
     out.mkdir(parents=True, exist_ok=True)
+    library = None
     if name in weights.HF_CLASSES:
-        how = write_hf(name, config, checkpoint, out)
+        library = "transformers"
+        how = write_hf(name, config, checkpoint, trained, out)
     elif name == "rwkv":
         how = write_official_rwkv(config, checkpoint, out)
     else:
         how = write_safetensors(name, checkpoint, out)
-    (out / "README.md").write_text(model_card(name, config, checkpoint, how), encoding="utf-8")
-    print(f"{out}: {how}")
+    card = model_card(name, config, checkpoint, log, no_log, trained, library, how)
+    readme = out / "README.md"
+    readme.write_text(card, encoding="utf-8")
+    for path in out.iterdir():  # safetensors makes files that only their owner can read
+        path.chmod(readme.stat().st_mode)
+    print(f"{out}: {how.splitlines()[0]}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -202,25 +349,62 @@ def choose_tokenizer(source, vocab_size):
     fineweb.fail(f"{source} has a vocabulary of {vocab_size:,}, which is neither GPT-2's nor bytes")
 
 
-def import_weights(source, out):
-    """Writes a checkpoint of step 0 from a transformers model's folder or name."""
+def load_theirs(source):
+    """transformers' model in a folder or of a name. Raises SystemExit unless all its weights are there."""
     import transformers
 
+    if Path(source).is_file():
+        fineweb.fail(f"--from {source} is a file: give the folder that it is in")
+    transformers.utils.logging.disable_progress_bar()
+    load = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        fineweb.fail(f"{source} can't be loaded: {str(error).splitlines()[0]}")
+        model, info = load(source, dtype=torch.float32, output_loading_info=True)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files can raise anything
+        reason = str(error).strip() or type(error).__name__
+        fineweb.fail(f"{source} can't be loaded: {reason.splitlines()[0]}")
+    if info["missing_keys"]:  # transformers would go on with random ones
+        fineweb.fail(f"{source} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])} and so on: "
+                     "it is not a whole model")  # fmt: skip
+    return model
+
+
+def run_config(script, shape, tokenizer, run_name):
+    """The Config of an imported run: its shape, and what fits the tokenizer for the rest.
+
+    A model of bytes has the data and settings of --tiny, which is one too.
+    """
+    values = dict(script.RECIPE)
+    if tokenizer == "bytes":
+        values |= script.TINY_RUN
+    for field in ("vocab_size", "block_size"):
+        values[field] = getattr(shape, field)
+    values["run_name"] = run_name
+    config = dataclasses.replace(shape, **values)
+    rows = max(1, config.batch_tokens // config.block_size)
+    power = 1 << (rows.bit_length() - 1)  # of two, which any number of GPUs and micro-batches divides
+    config.batch_tokens = power * config.block_size
+    return config
+
+
+def import_weights(source, out):
+    """Writes a run of step 0 from a transformers model's folder or name."""
+    if out.absolute().parent.resolve() != Path("log").resolve() or out.name == "..":
+        fineweb.fail(f"--out {out}: the scripts look for runs in log/, so make it --out log/NAME")
+    check_out(out)
+    theirs = load_theirs(source)
     accepted = {weights.HF_CLASSES[name]: name for name in ("gpt2", "llama", "mistral", "gemma")}
     kind = type(theirs).__name__
     if kind not in accepted:
         fineweb.fail(f"{source} is a {kind}: only GPT-2, LLaMA, Mistral and Gemma 3 can be imported")
     name = accepted[kind]
-    if list(out.glob("step_*.pt")):
-        fineweb.fail(f"{out} already holds a run: choose another --out")
     script = importlib.import_module(f"train_{name}")
-    config = weights.our_config(name, theirs.config, script.Config)
-    check_fields(source, name, theirs.config, config)
-    tokenizer = choose_tokenizer(source, config.vocab_size)
+    shape = weights.our_config(name, theirs.config, script.Config)
+    check_fields(source, name, theirs.config, shape)
+    tokenizer = choose_tokenizer(source, shape.vocab_size)
+    config = run_config(script, shape, tokenizer, out.name)
+    fineweb.check_run(config, 1)
     model = script.Model(config)
     try:
         model.load_state_dict(weights.from_hf(name, theirs.state_dict(), config))
@@ -233,28 +417,33 @@ def import_weights(source, out):
         "vocab_size": fineweb.VOCAB_SIZE[tokenizer],
         "fingerprint": "",
     }
-    checkpoint = {
-        "format": script.CHECKPOINT_FORMAT,
-        "script": script.__name__,
-        "step": 0,
-        "config": vars(config),
-        "data": data,
-        "model": model.state_dict(),
-        "optimizer": {},
-        "scaler": {},
-        "rng": torch.get_rng_state(),
-    }
     out.mkdir(parents=True, exist_ok=True)
-    fineweb.write_atomic(out / "step_000000.pt", lambda f: torch.save(checkpoint, f))
-    print(f"{out}: step 0 of train_{name}.py. Next: python train_{name}.py --run_name {out.name} --eval")
+    optimizer = torch.optim.AdamW(model.optimizer_groups())  # without moments, as before the first step
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    fineweb.keep_copy(Path(script.__file__), out)
+    script.save_checkpoint(out, 0, config, data, model, optimizer, scaler)
+    print_next(script, config, tokenizer, out)
+
+
+def print_next(script, config, tokenizer, out):
+    """Prints the commands that sample from an imported run and score it."""
+    command = f"python {Path(script.__file__).name} --run_name {shlex.quote(out.name)}"
+    print(f'Next: {command} --sample "Hello"')
+    evaluate = f"{command} --eval"
+    if not list(Path(config.data_dir).glob("*.bin")):
+        option = "--sample" if tokenizer == "bytes" else "--pretokenized --shards 1"
+        evaluate = f"python fineweb.py {option} && {evaluate}"
+    print(f"To score it: {evaluate}")
+    print(f"This takes the {tokenizer} tokens in {config.data_dir}, or those in a --data_dir that you name.")
 
 
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a run, as log/llama")
-    parser.add_argument("--from", dest="source", help="a transformers model to import: folder or name")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    add = parser.add_argument
+    add("run", nargs="?", type=Path, help="a run to export, as log/llama")
+    add("--from", dest="source", metavar="MODEL", help="a transformers model to import: folder or name")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write; for --from log/NAME")
     args = fineweb.parse_strictly(parser)
     if (args.run is None) == (args.source is None):
         fineweb.fail("give the folder of a run to export, or --from and a transformers model to import")
@@ -265,6 +454,8 @@ def main():
             import_weights(args.source, args.out)
     except ImportError as missing:
         fineweb.fail(f"this needs a package that is missing: pip install {missing.name}")
+    except OSError as error:
+        fineweb.fail(f"{error.filename or args.out}: {error.strerror or error}")
 
 
 if __name__ == "__main__":
