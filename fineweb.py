@@ -40,11 +40,15 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Annotated, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 import tiktoken
 
@@ -72,6 +76,7 @@ DATASETS = {
     },
 }
 SAMPLE = "data/sample"
+NO_ANSWER = 30  # seconds without a byte from the hub, after which we ask again
 CLOZE = 2  # version of cloze_items(): a folder with another one's items gets new ones
 
 # The training scripts' defaults: next_command() scales them down to a smaller dataset.
@@ -96,9 +101,10 @@ def shard_tokens(path):
 
     Raises SystemExit for a missing, foreign or truncated file.
     """
-    if not path.exists():
-        fail(f"{path} is missing: run the fineweb.py command that made the folder again")
-    with open(path, "rb") as f:
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "is missing"
+        fail(f"{path} {what}: run the fineweb.py command that made the folder again")
+    with one_line(f"{path} can't be read"), open(path, "rb") as f:
         content = f.read(HEADER_BYTES)
     # the length comes first: an odd number of bytes is no array of int32
     is_whole = len(content) == HEADER_BYTES
@@ -115,29 +121,45 @@ def shard_tokens(path):
     return n_tokens
 
 
-# manifest.json is one object:
-#   dataset, revision, files    the source; files in the order in which they are read
-#   tokenizer, vocab_size
-#   shard_tokens, val_tokens    size of a training shard and of the first one (not if ready-made)
-#   complete                    true once the source has been read to its end
-#   cloze                       of the offline sample: which version of the task is beside it
-#   shards                      a list of {name, tokens, sha256, next}, where next is the place where
-#                               the next shard begins: [file, document, tokens of it already written]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+\.bin$")]  # nothing outside the folder
+
+
+class Shard(TypedDict):
+    name: FileName
+    tokens: Count
+    sha256: str
+    # where the next shard begins: [file, document, tokens of it already written]; null after the last
+    # shard; not there if ready-made
+    next: NotRequired[Annotated[list[Count], msgspec.Meta(min_length=3, max_length=3)] | None]
+
+
+class Manifest(TypedDict):
+    """manifest.json: where a folder's tokens come from, and which files are ours."""
+
+    dataset: str
+    revision: NotRequired[str | None]
+    files: NotRequired[list]  # the source's, in the order in which they are read
+    tokenizer: str
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    # sizes of a training shard and of the first one; not there if ready-made
+    shard_tokens: NotRequired[Annotated[int, msgspec.Meta(ge=1)]]
+    val_tokens: NotRequired[Annotated[int, msgspec.Meta(ge=1)]]
+    complete: NotRequired[bool]  # the source has been read to its end
+    shards: list[Shard]
+    cloze: NotRequired[int]  # which version of cloze_items() is beside the offline sample
 
 
 def read_manifest(folder):
-    """The folder's manifest.json as a dict, None if there is none; SystemExit if it is unreadable."""
+    """The folder's Manifest, None if there is none; SystemExit if it is unreadable."""
     path = Path(folder) / "manifest.json"
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text())
-        complete = {"tokenizer", "vocab_size", "shards"} <= manifest.keys()
-    except (ValueError, AttributeError):
-        complete = False
-    if not complete:
-        fail(f"{path} is not a manifest of fineweb.py: remove the folder and write the shards again")
-    return manifest
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path} is not a manifest of fineweb.py ({error}): "
+             "choose another folder, or write the shards again without it")
 
 
 def write_manifest(folder, manifest):
@@ -151,16 +173,27 @@ def open_manifest(folder, wanted):
     Raises SystemExit if the folder holds shards of something else.
     """
     manifest = read_manifest(folder)
-    if manifest is None:
-        if list(folder.glob("*.bin")):
-            fail(f"{folder} holds shards without a manifest.json: "
-                 "choose another --out, or remove them")
-        return {**wanted, "complete": False, "shards": []}
-    for key, value in wanted.items():
-        if manifest.get(key) != value:
-            fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: "
-                 "choose another --out, or remove the folder")
-    return manifest
+    if manifest and (manifest["shards"] or begun_with(manifest, wanted)):
+        for key, value in wanted.items():
+            if manifest.get(key) != value:
+                fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: "
+                     "choose another folder for these")
+        manifest.setdefault("complete", False)
+        return manifest
+    if list(folder.glob("*.bin")):
+        fail(f"{folder} holds shards that its manifest.json doesn't list: choose another folder")
+    return {**wanted, "complete": False, "shards": []}
+
+
+def begun_with(manifest, wanted):
+    """Whether a manifest is of this source, so that files which it doesn't list yet may be ours."""
+    return all(manifest.get(key) == value for key, value in wanted.items())
+
+
+def is_whole(folder, shard):
+    """Whether a shard of the manifest is in the folder, with the size that it should have."""
+    path = folder / shard["name"]
+    return path.is_file() and path.stat().st_size == HEADER_BYTES + 2 * shard["tokens"]
 
 
 def sha256(path):
@@ -176,12 +209,14 @@ def verify(folder):
     manifest = read_manifest(folder)
     if manifest is None:
         fail(f"{folder} has no manifest.json, so there is nothing to check against")
+    if not manifest["shards"]:
+        fail(f"{folder}/manifest.json lists no shards: run the command that made the folder again")
     bad = []
     for shard in manifest["shards"]:
         path = folder / shard["name"]
         if not path.exists():
             verdict = "MISSING"
-        elif sha256(path) != shard["sha256"]:
+        elif not is_whole(folder, shard) or sha256(path) != shard["sha256"]:
             verdict = "BAD"
         else:
             verdict = "ok"
@@ -200,19 +235,18 @@ def verify(folder):
 
 
 def read_documents(path, first_row=0):
-    """Yields (row, documents, new): consecutive documents of a .parquet, .jsonl or .txt file.
+    """Yields (row, documents, new, read): consecutive documents of a .parquet, .jsonl or .txt file.
 
     row: the number of the first of them in the file; those before first_row are left out.
     documents: a list of str; for parquet the arguments of read_row_group(), so that the process that
     tokenises them reads them too.
     new: False if the text continues the one before. Only a .txt file does this: it is one document,
     in pieces of about 1 MB that end at a line break, and row is the number of the piece.
+    read: how much of the file has been read with these, from 0 to 1.
 
     Raises SystemExit for a file that is not what its name says.
     """
     readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
-    if path.suffix not in readers:
-        fail(f"{path}: the text must be a .jsonl, .txt or .parquet file")
     try:
         yield from readers[path.suffix](path, first_row)
     except UnicodeDecodeError as error:
@@ -225,62 +259,79 @@ def read_parquet(path, first_row):
 
     try:
         parquet = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid:
+        schema = parquet.schema_arrow
+    except (OSError, ValueError, pyarrow.ArrowException):
         fail(f"{path} is not a parquet file, or only part of one")
-    columns = parquet.schema_arrow.names
-    if "text" not in columns:
-        fail(f"{path} has no column 'text' (it has {', '.join(columns)})")
+    if schema.names.count("text") != 1:
+        fail(f"{path} has no column 'text' (it has {', '.join(schema.names)})")
+    kind = schema.field("text").type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        fail(f"{path}: its column 'text' holds {kind}, not strings")
     row = 0
     for group in range(parquet.num_row_groups):
         n_rows = parquet.metadata.row_group(group).num_rows
         skip = max(0, first_row - row)
         if skip < n_rows:
-            yield row + skip, (path, group, skip), True
+            read = (row + n_rows) / parquet.metadata.num_rows
+            yield row + skip, (path, group, skip), True, read
         row += n_rows
 
 
 def read_row_group(path, group, skip):
     """The texts of one row group of a parquet file without the first skip ones: a list of str."""
+    import pyarrow
     import pyarrow.parquet
 
-    parquet = pyarrow.parquet.ParquetFile(path)
-    # no threads: every core has a process that does this
-    table = parquet.read_row_group(group, columns=["text"], use_threads=False)
-    texts = table.column(0).to_pylist()[skip:]
+    try:
+        parquet = pyarrow.parquet.ParquetFile(path)
+        # no threads: every core has a process that does this
+        table = parquet.read_row_group(group, columns=["text"], use_threads=False)
+        texts = table.column(0).to_pylist()[skip:]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = str(error).split("\n")[0]
+        fail(f"{path} is damaged in row group {group} ({reason}): replace it or leave it out")
     return [text or "" for text in texts]
 
 
 def read_jsonl(path, first_row):
+    size = path.stat().st_size
+    n_bytes = 0
     texts = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for row, line in enumerate(f):
+            n_bytes += len(line)
             if row < first_row:
                 continue
             texts.append(parse_line(path, row, line))
             if len(texts) == 256:
-                yield row - 255, texts, True
+                yield row - 255, texts, True, n_bytes / size
                 texts = []
     if texts:
-        yield row - len(texts) + 1, texts, True
+        yield row - len(texts) + 1, texts, True, 1.0
 
 
 def parse_line(path, row, line):
-    """The text in a line of a .jsonl file."""
+    """The text in a line of a .jsonl file, given as bytes."""
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
+        text = json.loads(line.decode())["text"]
+        text.encode()  # not every string of JSON is text: "\\ud800" is half a character
+    except UnicodeDecodeError:
+        fail(f"{path}, line {row + 1} is not UTF-8 text: correct it or leave it out")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fail(f'{path}, line {row + 1} is not {{"text": "…"}}: correct it or leave it out')
     return text
 
 
 def read_txt(path, first_row):
+    size = path.stat().st_size
     row = 0
     with open(path, encoding="utf-8") as f:
         while lines := f.readlines(1 << 20):
             if row >= first_row:
-                yield row, ["".join(lines)], row == 0
+                read = f.buffer.tell() / size  # the buffer is a little ahead of the text
+                yield row, ["".join(lines)], row == 0, read
             row += 1
 
 
@@ -345,7 +396,14 @@ encoding = None  # in a tokenizer process: its tokenizer, set by start_worker
 def start_worker(tokenizer):
     global encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    threading.Thread(target=end_with_main, daemon=True).start()
     encoding = get_tokenizer(tokenizer)
+
+
+def end_with_main():
+    """Ends this process when the main one ends, which may have been killed and then says nothing."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def tokenize_in_worker(documents, new):
@@ -369,25 +427,27 @@ def tokenize(documents, new, encoding):
     return np.concatenate(parts).astype(np.uint16), counts
 
 
-def tokenized(n_files, open_file, position, tokenizer, workers):
-    """Yields (file, row, tokens, counts) in the order of the source, from one position on.
+def tokenized(sizes, open_file, position, tokenizer, workers):
+    """Yields (file, row, tokens, counts, share) in the order of the source, from one position on.
 
-    position: (file, row) of the first document. open_file(i, first_row) yields the documents of file
-    number i as read_documents() does. The result is the same for any number of workers; 0 tokenises
-    in this process.
+    sizes: of each file, in any unit. position: (file, row) of the first document. open_file(i,
+    first_row) yields the documents of file number i as read_documents() does. share: how much of the
+    source has been read with these tokens, from 0 to 1. The result is the same for any number of
+    workers; 0 tokenises in this process.
     """
     first_file, first_row = position
 
     def batches():
-        for i in range(first_file, n_files):
+        for i in range(first_file, len(sizes)):
             start = first_row if i == first_file else 0
-            for row, documents, new in open_file(i, start):
-                yield i, row, documents, new
+            for row, documents, new, read in open_file(i, start):
+                share = (sum(sizes[:i]) + read * sizes[i]) / sum(sizes)
+                yield i, row, share, documents, new
 
     if workers == 0:
         encoder = get_tokenizer(tokenizer)
-        for i, row, documents, new in batches():
-            yield i, row, *tokenize(documents, new, encoder)
+        for i, row, share, documents, new in batches():
+            yield i, row, *tokenize(documents, new, encoder), share
         return
     # spawn, not fork: a forked child inherits locks that pyarrow's or the download's threads may hold
     # at that moment, and can hang. And it is the only way under Windows.
@@ -395,14 +455,14 @@ def tokenized(n_files, open_file, position, tokenizer, workers):
     pool = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer,))
     try:
         queue = collections.deque()
-        for i, row, documents, new in batches():
-            queue.append((i, row, pool.submit(tokenize_in_worker, documents, new)))
+        for i, row, share, documents, new in batches():
+            queue.append((i, row, share, pool.submit(tokenize_in_worker, documents, new)))
             # enough waiting that no worker is idle, few enough to bound the memory
             if len(queue) > 4 * workers:
-                i, row, future = queue.popleft()
-                yield i, row, *future.result()
-        for i, row, future in queue:
-            yield i, row, *future.result()
+                i, row, share, future = queue.popleft()
+                yield i, row, *future.result(), share
+        for i, row, share, future in queue:
+            yield i, row, *future.result(), share
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -410,45 +470,77 @@ def tokenized(n_files, open_file, position, tokenizer, workers):
 # ---- Writing shards
 
 
-def write_shards(folder, manifest, source, last_shard, total=None):
+# what write_atomic() leaves when it is killed
+PARTIAL = re.compile(r"(manifest\.json|cloze\.jsonl|fineweb_(val|train)_\d{6}\.bin)\.\d+\.tmp")
+
+
+def start_folder(folder, manifest):
+    """Makes the folder and its manifest, which comes first: what stands in it is known to be ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if PARTIAL.fullmatch(path.name) and path.is_file():
+            path.unlink()
+    if not manifest["shards"]:
+        write_manifest(folder, manifest)
+
+
+def write_shards(folder, manifest, source, last_shard, total):
     """Writes the shards that are missing or not yet in the manifest, up to number last_shard.
 
     source(file, row) returns an iterator like tokenized(). last_shard None: all shards.
-    total: the expected number of tokens, for the progress bar.
+    total: a first estimate of the number of tokens, for the progress bar.
+
+    Raises SystemExit if the source has not a single document.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob("*.tmp"):
-        partial.unlink()
+    start_folder(folder, manifest)
     shards = manifest["shards"]
+    if any(shard.get("next") is None for shard in shards[:-1]):
+        fail(f"{folder}/manifest.json doesn't say where each shard begins: choose another folder")
+    if shards and shards[-1].get("next") is None and not manifest["complete"]:
+        manifest["complete"] = True  # an older version could be killed in between
+        write_manifest(folder, manifest)
     lost = []
     done = 0
     for number, shard in enumerate(shards):
-        if (folder / shard["name"]).exists():
+        if is_whole(folder, shard):
             done += shard["tokens"]
         else:
             lost.append(number)
+            if (folder / shard["name"]).exists():
+                say(f"{folder / shard['name']} is damaged: writing it again")
     with progress_bar(folder, total, done) as bar:
         for number in lost:
             write_range(folder, manifest, source, number, number, bar)
         begun = len(shards)
         if not manifest["complete"] and (last_shard is None or begun <= last_shard):
             write_range(folder, manifest, source, begun, last_shard, bar)
+        bar.total = bar.n
+    if not shards:
+        fail("there is no text in the source, so no shard was written: give files with text")
 
 
 def write_range(folder, manifest, source, first, last, bar):
-    """Writes shards number first to last; last None, or beyond the end of the source: to the end."""
+    """Writes shards number first to last; last None, or beyond the end of the source: to the end.
+
+    New shards make the bar's total more exact with each batch.
+    """
     file = row = skip = 0
     if first > 0:
         file, row, skip = manifest["shards"][first - 1]["next"]
+    known = len(manifest["shards"])
     number = first
     size = manifest["shard_tokens"] if first else manifest["val_tokens"]
+    limit = math.inf if last is None else manifest["val_tokens"] + last * manifest["shard_tokens"]
     buffer = np.empty(size, dtype=np.uint16)
     filled = 0
     batches = source(file, row)
-    for file, row, tokens, counts in batches:
+    for file, row, tokens, counts, share in batches:
         ends = np.cumsum(counts)
         taken = skip  # the beginning of the very first document may stand in the shard before
         skip = 0
+        if first == known:
+            read = bar.n + len(tokens) - taken
+            bar.total = min(limit, int(read / share))
         while taken < len(tokens):
             n = min(len(tokens) - taken, len(buffer) - filled)
             buffer[filled : filled + n] = tokens[taken : taken + n]
@@ -466,10 +558,13 @@ def write_range(folder, manifest, source, first, last, bar):
             number += 1
             buffer = np.empty(manifest["shard_tokens"], dtype=np.uint16)
             filled = 0
+    if number < known and not filled:
+        fail_changed(folder, manifest["shards"][number]["name"])
     if filled:
         finish_shard(folder, manifest, number, buffer[:filled], None)
-    manifest["complete"] = True
-    write_manifest(folder, manifest)
+    elif number > 0:
+        manifest["complete"] = True
+        write_manifest(folder, manifest)
 
 
 def finish_shard(folder, manifest, number, tokens, position):
@@ -486,8 +581,7 @@ def finish_shard(folder, manifest, number, tokens, position):
     shard = {"name": name, "tokens": len(tokens), "sha256": checksum, "next": position}
     shards = manifest["shards"]
     if number < len(shards) and shards[number] != shard:
-        fail(f"{name} came out different from what {folder}/manifest.json says, so the source has "
-             "changed: remove the folder and start again")
+        fail_changed(folder, name)
 
     def write(f):
         f.write(header)
@@ -496,11 +590,40 @@ def finish_shard(folder, manifest, number, tokens, position):
     write_atomic(folder / name, write)
     if number == len(shards):
         shards.append(shard)
+        manifest["complete"] = position is None
         write_manifest(folder, manifest)
+
+
+def fail_changed(folder, name):
+    fail(f"{name} came out different from what {folder}/manifest.json says, so the source has "
+         "changed: choose another folder and start again")
+
+
+@contextlib.contextmanager
+def locked(folder, advice, wait=False):
+    """A context that has a folder's lock; the arguments are lock_folder()'s."""
+    lock_folder(folder, advice, wait)
+    try:
+        yield
+    finally:
+        unlock_folder(folder)
+
+
+def missing_bytes(folder, manifest, all_bytes):
+    """How many of a dataset's all_bytes, at most, are still to be written."""
+    missing = 0 if manifest["complete"] else all_bytes
+    for shard in manifest["shards"]:
+        if not manifest["complete"]:
+            missing -= 2 * shard["tokens"]
+        if not is_whole(folder, shard):
+            missing += 2 * shard["tokens"]
+    return max(0, missing)
 
 
 def check_disk(folder, need):
     """Prints the bytes needed and free on the folder's disk. Raises SystemExit if they don't fit."""
+    if need == 0:
+        return
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -524,9 +647,14 @@ def progress_bar(folder, total, done):
 
 def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
+    text_bytes = 0
     for path in paths:
         if not path.is_file():
             fail(f"{path} is not a file")
+        if path.suffix not in (".jsonl", ".txt", ".parquet"):
+            fail(f"{path}: the text must be a .jsonl, .txt or .parquet file")
+        # parquet is compressed to about half
+        text_bytes += path.stat().st_size * (2 if path.suffix == ".parquet" else 1)
     sizes = [path.stat().st_size for path in paths]
     wanted = {
         "dataset": "files", "revision": None,
@@ -537,47 +665,135 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
         "val_tokens": min(shard_tokens, max(1024, sum(sizes) // 40)),
     }  # fmt: skip
     manifest = open_manifest(folder, wanted)
-    check_disk(folder, 2 * sum(sizes))
+    most = text_bytes + len(paths)  # tokens: no text has more of them than bytes
+    total = text_bytes // (4 if tokenizer == "gpt2" else 1)
+    if last_shard is not None:
+        limit = manifest["val_tokens"] + last_shard * shard_tokens
+        most = min(most, limit)
+        total = min(total, limit)
+    check_disk(folder, missing_bytes(folder, manifest, 2 * most))
 
     def open_file(i, first_row):
         return read_documents(paths[i], first_row)
 
     def source(file, row):
-        return tokenized(len(paths), open_file, (file, row), tokenizer, workers)
+        return tokenized(sizes, open_file, (file, row), tokenizer, workers)
 
-    write_shards(folder, manifest, source, last_shard)
+    write_shards(folder, manifest, source, last_shard, total)
 
 
 # ---- Source: a dataset on the Hugging Face hub
 
 
+class Large(msgspec.Struct):
+    """What the hub knows of a large file."""
+
+    oid: str  # SHA-256
+    size: Count
+
+
+class Entry(msgspec.Struct):
+    """A file or folder in the hub's list."""
+
+    path: str
+    size: Count = 0
+    lfs: Large | None = None
+
+
+class Revision(msgspec.Struct):
+    sha: str
+
+
 def hub_files(repo, prefix, suffix, revision):
-    """(revision, {file: bytes}) of a dataset repository, sorted by name; revision None: the newest."""
-    from huggingface_hub import HfApi
+    """(revision, {file: Entry}) of a dataset repository, sorted by name; revision None: the newest.
 
-    def ask():
-        api = HfApi()
-        sha = revision or api.dataset_info(repo).sha
-        tree = api.list_repo_tree(repo, prefix or None, repo_type="dataset", revision=sha)
-        sizes = {entry.path: entry.size for entry in tree if entry.path.endswith(suffix)}
-        return sha, sizes
+    Raises SystemExit if there is no such file.
+    """
+    from huggingface_hub import constants
 
-    sha, sizes = retrying(f"the file list of {repo}", ask)
-    return sha, dict(sorted(sizes.items()))
+    url = f"{constants.ENDPOINT}/api/datasets/{repo}"
+    what = f"the file list of {repo}"
+    if revision is None:
+        answer, _ = retrying(what, lambda: ask_hub(url, Revision))
+        revision = answer.sha
+    page = f"{url}/tree/{revision}/{prefix}".rstrip("/")
+    entries = {}
+    while page:
+        answer, page = retrying(what, lambda page=page: ask_hub(page, list[Entry]))
+        for entry in answer:
+            if entry.path.endswith(suffix):
+                entries[entry.path] = entry
+    if not entries:
+        fail(f"{repo} has no {suffix} files{' in ' + prefix if prefix else ''}")
+    return revision, dict(sorted(entries.items()))
 
 
-def fetch(repo, name, revision, folder):
-    """Downloads a file of a dataset repository below folder, or the rest of it; returns its path."""
+def ask_hub(url, kind):
+    """(the hub's answer as an object of this type, the address of the next page or None).
+
+    Not by huggingface_hub.HfApi, which waits for ever if no answer comes.
+    """
+    import requests
+    from huggingface_hub.utils import build_hf_headers
+
+    response = requests.get(url, headers=build_hf_headers(), timeout=NO_ANSWER)
+    response.raise_for_status()
+    try:
+        answer = msgspec.json.decode(response.content, type=kind)
+    except (ValueError, RecursionError):
+        fail(f"{url} doesn't answer as the hub does: does this network want a login first?")
+    return answer, response.links.get("next", {}).get("url")
+
+
+def fetch(repo, name, revision, folder, entry):
+    """Downloads a file of a dataset repository below folder, or the rest of it; returns its path.
+
+    entry: its Entry in the hub's list. A file that is not as it says is fetched again, twice at most.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # ours counts tokens
+    stalls = 0
+    again = False
 
     def download():
+        nonlocal stalls
         where = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
-        return hf_hub_download(repo, name, **where)
+        try:
+            return hf_hub_download(repo, name, force_download=again, **where)
+        except Exception as error:
+            # the hub's client has waited six times by then, for ten seconds each
+            stalls += "Timeout" in type(error).__name__
+            if stalls == 2:
+                fail(f"{name}: nothing arrives any more: run the same command again later; "
+                     "it goes on from here")
+            raise
 
-    return Path(retrying(name, download))
+    for _ in range(3):
+        path = Path(retrying(name, download))
+        size = path.stat().st_size
+        if size == entry.size and (entry.lfs is None or sha256(path) == entry.lfs.oid):
+            return path
+        path.unlink()
+        again = True
+        say(f"{name} arrived damaged ({size:,} of {entry.size:,} bytes, or another checksum): "
+            "thrown away")
+    fail(f"{name} arrived damaged three times: run the same command again later; "
+         "it goes on from here")
+
+
+DOWNLOADS = ".download"  # below a dataset's folder; made by us, which raw/ or .cache/ might not be
+
+
+def remove_downloads(folder, names):
+    """Removes what fetch() made below folder, and nothing else that may be there."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / ".cache/huggingface", ignore_errors=True)  # the hub client's
+    for path, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(path)
 
 
 def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
@@ -588,12 +804,9 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     """
     repo = DATASETS[dataset]["repository"]
     prefix = DATASETS[dataset]["folder"]
-    old = read_manifest(folder)
-    revision = old.get("revision") if old else None  # begun with one revision, finished with it
-    revision, sizes = hub_files(repo, prefix, ".parquet", revision)
-    files = list(sizes)
-    if not files:
-        fail(f"{repo} has no parquet files in {prefix}")
+    revision, entries = hub_files(repo, prefix, ".parquet", begun_revision(folder))
+    files = list(entries)
+    sizes = [entry.size for entry in entries.values()]
     wanted = {
         "dataset": f"{repo} {prefix}", "revision": revision, "files": files,
         "tokenizer": tokenizer, "vocab_size": VOCAB_SIZE[tokenizer],
@@ -601,18 +814,18 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     }  # fmt: skip
     manifest = open_manifest(folder, wanted)
     # a byte of parquet is about two bytes of text, or a third of a GPT-2 token
-    total = sum(sizes.values()) * 2 // (6 if tokenizer == "gpt2" else 1)
+    total = sum(sizes) * 2 // (6 if tokenizer == "gpt2" else 1)
     if last_shard is not None:
         total = min(total, (last_shard + 1) * shard_tokens)
-    if not manifest["complete"]:
-        on_disk = sum(2 * shard["tokens"] for shard in manifest["shards"])
-        check_disk(folder, 2 * total - on_disk + 2 * max(sizes.values()))
-    raw = folder / "raw"
+    missing = missing_bytes(folder, manifest, 2 * total)
+    if missing:
+        check_disk(folder, missing + 2 * max(sizes))
+    raw = folder / DOWNLOADS
     ahead = {}  # {file number: its download}
     fetcher = ThreadPoolExecutor(1)
 
     def download(i):
-        return fetcher.submit(fetch, repo, files[i], revision, raw)
+        return fetcher.submit(fetch, repo, files[i], revision, raw, entries[files[i]])
 
     def open_file(i, first_row):
         path = (ahead.pop(i, None) or download(i)).result()
@@ -623,9 +836,9 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
             yield batch
 
     def source(file, row):
-        for batch in tokenized(len(files), open_file, (file, row), tokenizer, workers):
+        for batch in tokenized(sizes, open_file, (file, row), tokenizer, workers):
             for done in range(file, batch[0]):  # all of its tokens have been handed on
-                (raw / files[done]).unlink()
+                (raw / files[done]).unlink(missing_ok=True)
             file = batch[0]
             yield batch
 
@@ -633,7 +846,13 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
         write_shards(folder, manifest, source, last_shard, total)
     finally:
         fetcher.shutdown(cancel_futures=True)
-    shutil.rmtree(raw, ignore_errors=True)
+    remove_downloads(raw, files)
+
+
+def begun_revision(folder):
+    """The revision that a folder was begun with, which it is finished with; None if it is new."""
+    manifest = read_manifest(folder)
+    return manifest.get("revision") if manifest and manifest["shards"] else None
 
 
 # ---- Source: ready-made shards
@@ -647,58 +866,81 @@ def validation_first(name):
 def download_shards(folder, dataset, last_shard):
     """Downloads ready-made shards of GPT-2 tokens, up to number last_shard (None: all)."""
     repo = DATASETS[dataset]["ready_made"]
-    old = read_manifest(folder)
-    revision = old.get("revision") if old else None
-    revision, sizes = hub_files(repo, "", ".bin", revision)
-    names = sorted(sizes, key=validation_first)
+    revision, entries = hub_files(repo, "", ".bin", begun_revision(folder))
+    names = sorted(entries, key=validation_first)
     if last_shard is not None:
         names = names[: last_shard + 1]
     wanted = {
-        "dataset": repo, "revision": revision, "files": list(sizes),
+        "dataset": repo, "revision": revision, "files": list(entries),
         "tokenizer": "gpt2", "vocab_size": VOCAB_SIZE["gpt2"],
     }  # fmt: skip
     manifest = open_manifest(folder, wanted)
     have = {}
     for shard in manifest["shards"]:
-        if (folder / shard["name"]).exists():
+        if is_whole(folder, shard):
             have[shard["name"]] = shard
     todo = [name for name in names if name not in have]
-    n_bytes = sum(sizes[name] for name in names)
-    n_bytes_todo = sum(sizes[name] for name in todo)
+    n_bytes = sum(entries[name].size for name in names)
+    n_bytes_todo = sum(entries[name].size for name in todo)
     check_disk(folder, n_bytes_todo)
-    folder.mkdir(parents=True, exist_ok=True)
+    start_folder(folder, manifest)
+    raw = folder / DOWNLOADS
     with progress_bar(folder, n_bytes // 2, (n_bytes - n_bytes_todo) // 2) as bar:
         for name in todo:
-            path = fetch(repo, name, revision, folder)
+            path = fetch(repo, name, revision, raw, entries[name])
             have[name] = {"name": name, "tokens": shard_tokens(path), "sha256": sha256(path)}
+            os.replace(path, folder / name)
             manifest["shards"] = [have[known] for known in sorted(have, key=validation_first)]
-            manifest["complete"] = len(have) == len(sizes)
+            manifest["complete"] = len(have) == len(entries)
             write_manifest(folder, manifest)
-            bar.update(sizes[name] // 2)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's
+            bar.update(entries[name].size // 2)
+        bar.total = bar.n
+    remove_downloads(raw, names)
 
 
 # ---- Source: the offline sample, and its four-way task
 
 
 def write_sample(folder=SAMPLE):
-    """Writes the offline dataset (bytes) and its cloze.jsonl into folder, if it isn't there yet."""
+    """Writes the offline dataset (bytes) and its cloze.jsonl into folder, if it isn't there yet.
+
+    If another process is writing it, waits for that. Raises SystemExit if something else is there.
+    """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    shards = manifest["shards"] if manifest else []
-    all_there = all((folder / shard["name"]).exists() for shard in shards)
-    if manifest and manifest["complete"] and all_there:
+    if sample_is_there(folder):
         say(f"{folder} already exists")
-    else:
-        if manifest:  # left half-written by a killed process: it takes seconds, so begin anew
-            shutil.rmtree(folder)
+        return
+    with locked(folder, "wait until it ends", wait=True):
+        if not sample_is_there(folder):  # nobody else has written it meanwhile
+            write_missing_sample(folder)
+
+
+def sample_is_there(folder):
+    """Whether a folder holds the whole offline dataset. SystemExit if it holds something else."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if (folder / "cloze.jsonl").exists():
+            fail(f"{folder / 'cloze.jsonl'} is in the way of the offline dataset's: "
+                 "choose another folder, or move the file")
+        return False
+    if manifest["dataset"] != "sample":
+        fail(f"{folder} holds another dataset, {manifest['dataset']}: "
+             "choose another folder for the offline one")
+    shards_are_there = all(is_whole(folder, shard) for shard in manifest["shards"])
+    cloze_is_there = manifest.get("cloze") == CLOZE and (folder / "cloze.jsonl").is_file()
+    return manifest.get("complete", False) and shards_are_there and cloze_is_there
+
+
+def write_missing_sample(folder):
+    manifest = read_manifest(folder)
+    begun = manifest is not None and manifest.get("complete", False)
+    if not begun or not all(is_whole(folder, shard) for shard in manifest["shards"]):
         manifest = write_sample_shards(folder)
-    if manifest.get("cloze") != CLOZE or not (folder / "cloze.jsonl").exists():
-        documents = documents_of(folder / manifest["shards"][0]["name"])
-        content = "".join(json.dumps(item) + "\n" for item in cloze_items(documents)).encode()
-        write_atomic(folder / "cloze.jsonl", lambda f: f.write(content))
-        write_manifest(folder, manifest | {"cloze": CLOZE})
-        say(f"wrote {folder / 'cloze.jsonl'}, the four-way task")
+    documents = documents_of(folder / manifest["shards"][0]["name"])
+    content = "".join(json.dumps(item) + "\n" for item in cloze_items(documents)).encode()
+    write_atomic(folder / "cloze.jsonl", lambda f: f.write(content))
+    write_manifest(folder, manifest | {"cloze": CLOZE})
+    say(f"wrote {folder / 'cloze.jsonl'}, the four-way task")
 
 
 def write_sample_shards(folder):
@@ -713,13 +955,15 @@ def write_sample_shards(folder):
 
     def open_file(_, first_row):
         for row in range(first_row, len(documents), 256):
-            yield row, documents[row : row + 256], True
+            batch = documents[row : row + 256]
+            yield row, batch, True, (row + len(batch)) / len(documents)
 
     def source(file, row):
-        return tokenized(1, open_file, (file, row), "bytes", 0)
+        return tokenized([1], open_file, (file, row), "bytes", 0)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = open_manifest(folder, wanted)
+    open_manifest(folder, wanted)  # ends the program if the folder holds something else
+    # it takes seconds, and the documentation may be another than when it was begun: from the start
+    manifest = {**wanted, "complete": False, "shards": []}
     n_tokens = sum(len(text) + 1 for text in documents)
     write_shards(folder, manifest, source, None, n_tokens)
     say(f"wrote {n_tokens:,} bytes of English to {folder}")
@@ -839,6 +1083,8 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     tokenizer than before.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        fail(f"{folder} is a file, not a folder of token shards")
     names = sorted(path.name for path in folder.glob("*.bin"))
     if not names:
         fail(f"no token shards in {folder}: run `python fineweb.py` (or `--pretokenized`, "
@@ -861,6 +1107,13 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
         enough = -(-manifest["vocab_size"] // 128) * 128  # a multiple of 128 suits a GPU
         fail(f"{folder} has a vocabulary of {manifest['vocab_size']:,}, the model one of "
              f"{vocab_size:,}: use another --data_dir or --vocab_size {enough}")
+    # the Loader looks at each training batch; the validation shard is looked at once, here
+    for name in names:
+        if "_val_" in name and counts[name]:
+            largest = map_shard(folder / name, at_random=False).max()
+            if largest >= manifest["vocab_size"]:
+                fail(f"token {largest} in {folder / name} is beyond the vocabulary of "
+                     f"{manifest['vocab_size']:,}: run `python fineweb.py --verify --out {folder}`")
     data = {
         "dataset": manifest["dataset"],
         "tokenizer": manifest["tokenizer"],
@@ -1056,6 +1309,8 @@ def main():
     else:
         folder = Path(DATASETS[args.dataset]["out"])
     try:
+        if folder.exists() and not folder.is_dir():
+            fail(f"{folder} is a file: choose another --out, a folder")
         if args.verify:
             verify(folder)
             return
@@ -1070,6 +1325,9 @@ def main():
     shards = read_manifest(folder)["shards"]
     n_tokens = sum(shard["tokens"] for shard in shards)
     print(f"{folder}: {len(shards)} shards, {n_tokens:,} tokens")
+    if not any("_train_" in shard["name"] for shard in shards):
+        fail(f"{folder} has no training shard, because all of the text is in the validation shard: "
+             "give more text")
     print(f"Next: {next_command(folder, shards, args.sample)}")
 
 
@@ -1077,8 +1335,7 @@ def parse_command_line():
     formatter = argparse.RawDescriptionHelpFormatter  # which keeps the lines of our docstring
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--dataset", default="fineweb", metavar="NAME",
-        help="fineweb or fineweb-edu, sample-10BT of each [fineweb]")
+    add("--dataset", choices=DATASETS, help="sample-10BT of one of these [fineweb]")
     add("--pretokenized", action="store_true", help="download ready-made shards of it")
     add("--files", nargs="+", type=Path, metavar="FILE",
         help="use these .jsonl, .txt or .parquet files instead")
@@ -1086,16 +1343,18 @@ def parse_command_line():
     add("--verify", action="store_true", help="only check the folder against its manifest")
     add("--shards", type=int, metavar="N", help="stop after N training shards [all]")
     add("--out", type=Path, metavar="DIR", help="folder for the shards [data/NAME]")
-    add("--shard_tokens", type=int, metavar="N", default=SHARD_TOKENS,
-        help="tokens per shard [100000000]")
-    add("--tokenizer", metavar="NAME", default="gpt2", help="gpt2 or bytes [gpt2]")
+    add("--shard_tokens", type=int, metavar="N",
+        help=f"tokens per shard [{SHARD_TOKENS}]")
+    add("--tokenizer", choices=VOCAB_SIZE, help="[gpt2]")
     add("--workers", type=int, metavar="N", default=os.cpu_count(),
         help="tokenizer processes [one per core]")
     args = parse_strictly(parser)
-    if args.dataset not in DATASETS:
-        fail(f"--dataset {args.dataset}: choose {' or '.join(DATASETS)}")
-    if args.tokenizer not in VOCAB_SIZE:
-        fail(f"--tokenizer {args.tokenizer}: choose {' or '.join(VOCAB_SIZE)}")
+    check_together(args)
+    # these have no default above, so that we can tell what was given
+    args.dataset = args.dataset or "fineweb"
+    args.tokenizer = args.tokenizer or "gpt2"
+    if args.shard_tokens is None:
+        args.shard_tokens = SHARD_TOKENS
     if args.shards is not None and args.shards < 1:
         fail(f"--shards {args.shards}: must be at least 1")
     if not 1024 <= args.shard_tokens < 2**31:  # the header holds an int32
@@ -1105,11 +1364,30 @@ def parse_command_line():
     return args
 
 
+def check_together(args):
+    """Raises SystemExit for options that exclude each other or mean nothing together."""
+    given = [name for name, value in vars(args).items() if value not in (None, False)]
+    without_use = {
+        "files": ("dataset", "pretokenized", "sample"),
+        "sample": ("dataset", "pretokenized", "shards", "shard_tokens", "tokenizer"),
+        "pretokenized": ("shard_tokens", "tokenizer"),
+    }
+    for name, others in without_use.items():
+        for other in others:
+            if name in given and other in given:
+                fail(f"--{name} and --{other} don't go together: leave one of them out")
+
+
 def write_dataset(folder, args):
-    """Writes what the command line asks for."""
+    """Writes what the command line asks for. One process at a time writes into a folder."""
     if args.sample:
         write_sample(folder)
         return
+    with locked(folder, "wait until it ends, or choose another --out"):
+        write_text(folder, args)
+
+
+def write_text(folder, args):
     if args.pretokenized:
         download_shards(folder, args.dataset, args.shards)
         return
@@ -1218,20 +1496,24 @@ def parse_strictly(parser):
     return args
 
 
-locks = []  # held until this process ends
+locks = {}  # {folder: its lock}, held by this process
 
 
 def lock_folder(folder, advice, wait=False):
-    """Takes a folder's lock for the rest of this process. The system gives it back however that ends.
+    """Takes a folder's lock until unlock_folder() or the end of this process, however that ends.
 
     wait: if another process has it, wait until it ends; else SystemExit with a line that names the
-    holder and gives the advice. The folder is made if it doesn't exist.
+    holder and gives the advice. The folder is made if it doesn't exist. Of several processes of a
+    run only the first takes the lock; taking it twice is taking it once.
     """
     import filelock
 
-    lock = filelock.FileLock(folder / ".lock")
-    holder = folder / ".lock.holder"
-    with one_line(f"{folder} can't be locked"):
+    place = folder.resolve()
+    if os.environ.get("RANK", "0") != "0" or place in locks:
+        return
+    lock = filelock.FileLock(place / ".lock")
+    holder = place / ".lock.holder"
+    with one_line(f"{folder} can't be written"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=-1 if wait else 0)
@@ -1242,7 +1524,21 @@ def lock_folder(folder, advice, wait=False):
             say(f"{folder} is on a disk without locks: take care that no other process writes to it")
             return
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    locks.append(lock)
+    locks[place] = lock
+
+
+def unlock_folder(folder):
+    """Gives back the lock that lock_folder() took, if this process has it."""
+    lock = locks.pop(folder.resolve(), None)
+    if lock:
+        lock.release()
+
+
+def lock_run(folder):
+    """Takes the lock of a training run's folder, and clears up after a killed one."""
+    lock_folder(folder, "wait for it, or choose another --run_name")
+    for partial in folder.glob("step_*.pt.*.tmp"):
+        partial.unlink()
 
 
 @contextlib.contextmanager
@@ -1365,6 +1661,93 @@ def check_options(config):
         may_be_zero = field.metadata["zero"]
         if not (0 < value < math.inf or (may_be_zero and value == 0)):
             fail(f"--{field.name} {value}: must be {'at least' if may_be_zero else 'more than'} 0")
+        most = 2**16 if field.name.startswith("n_") else 2**62
+        if value > most:
+            fail(f"--{field.name} {value}: must be at most {most}")
+
+
+def check_run(config, world):
+    """Raises SystemExit for a training script's Config whose values are impossible, alone or together.
+
+    world: the number of processes.
+    """
+    check_options(config)
+    name = config.run_name
+    if name in (".", "..") or len(name) > 100 or set(name) & set('/\\:*?"<>|\n\0'):
+        fail(f"--run_name {name}: must be the name of a folder in log/, of at most 100 letters")
+    for field in ("beta1", "beta2"):
+        if getattr(config, field) >= 1:
+            fail(f"--{field} {getattr(config, field)}: must be less than 1")
+    if config.min_lr > config.max_lr:
+        fail(f"--min_lr {config.min_lr} is more than --max_lr {config.max_lr}")
+    if config.warmup_steps > config.max_steps:
+        fail(f"--warmup_steps {config.warmup_steps} is more than --max_steps {config.max_steps}")
+    rows = max(1, config.micro_batch)
+    if config.batch_tokens % (world * rows * config.block_size):
+        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x "
+             f"micro-batches of {rows} row(s) x --block_size {config.block_size}: "
+             "choose numbers that divide it")
+
+
+def check_size(make_model, device):
+    """Raises SystemExit if the model that make_model() returns can't be trained in a device's memory."""
+    import torch
+
+    try:
+        with torch.device("meta"):  # shapes without memory
+            n_parameters = sum(p.numel() for p in make_model().parameters())
+    except (RuntimeError, OverflowError):  # numbers beyond 64 bits
+        fail("a model of this size has more parameters than can be counted: use a smaller one")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows
+        return
+    need = 16 * n_parameters  # fp32: weights, gradients and AdamW's two moments
+    if need > memory:
+        fail(f"the model has {n_parameters:,} parameters, so training it takes more than "
+             f"{need / 1e9:,.0f} GB; there are {memory / 1e9:,.0f} GB: use a smaller one")
+
+
+def warn_if_slow(config, flops_per_token, world, device):
+    """Says how long a step and the run will take on a CPU, and what to do, if it is more than a day."""
+    import torch
+
+    if device.type != "cpu":
+        return
+    n = 1024
+    matrix = torch.rand(n, n)
+    matrix @ matrix  # the first one also starts the threads
+    began = time.perf_counter()
+    matrix @ matrix
+    rate = world * 2 * n**3 / (time.perf_counter() - began)  # FLOP/s
+    step = 3 * flops_per_token * config.batch_tokens / rate
+    evaluation = flops_per_token * config.val_tokens / rate
+    if step * config.max_steps > 86_400:
+        say(f"on this CPU an evaluation takes about {duration(evaluation)}, a step {duration(step)} and the run "
+            f"{duration(step * config.max_steps)}: --tiny takes minutes, and smaller are --n_layer, --n_embd, "
+            "--batch_tokens, --val_tokens and --max_steps")
+
+
+def short(number):
+    """A number in three digits: 104, 17.1k, 2.76M."""
+    if number < 1000:
+        return f"{number:.3g}"
+    if number < 1e6:
+        return f"{number / 1e3:.3g}k"
+    return f"{number / 1e6:.3g}M"
+
+
+def duration(seconds):
+    """A time in a few letters: 40s, 12m, 3.5h, 20d."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f}m"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f}h"
+    return f"{seconds / 86_400:,.0f}d"
 
 
 def show(facts, indent=""):
@@ -1384,15 +1767,69 @@ def git_version(folder):
     return git.stdout.strip() or "unknown"
 
 
+def script_hash(file):
+    """The first 16 digits of a script's sha256."""
+    return sha256(file)[:16]
+
+
+def script_copies(folder, name):
+    """The copies of a script in a run's folder: NAME.py, then NAME.2.py and so on, the newest last."""
+    copies = [folder / f"{name}.py"]
+    while copies[-1].exists():
+        copies.append(folder / f"{name}.{len(copies) + 1}.py")
+    return copies[:-1]
+
+
+def find_copy(folder, name, hash):
+    """The copy of a script whose script_hash() is hash; the first one if there is none."""
+    for copy in script_copies(folder, name):
+        if script_hash(copy) == hash:
+            return copy
+    return folder / f"{name}.py"
+
+
 def keep_copy(file, folder):
-    """Copies a file into a folder; a later version is put beside the first, as NAME.2.py and so on."""
+    """Copies a script into a run's folder; a later version is put beside the first, as NAME.2.py."""
     content = file.read_bytes()
-    copy = folder / file.name
-    number = 1
-    while copy.exists() and copy.read_bytes() != content:
-        number += 1
-        copy = folder / f"{file.stem}.{number}{file.suffix}"
-    copy.write_bytes(content)
+    name = file.name.split(".")[0]
+    copies = script_copies(folder, name)
+    if any(copy.read_bytes() == content for copy in copies):
+        return
+    number = len(copies) + 1
+    copy = folder / (f"{name}.{number}.py" if copies else f"{name}.py")
+    write_atomic(copy, lambda f: f.write(content))
+
+
+def load_whole(path):
+    """A checkpoint, on the CPU. Raises ValueError, with the reason, if it is damaged."""
+    import torch
+
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # checks the checksums, which torch.load doesn't
+        if damaged:
+            raise ValueError(f"{damaged} has another checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        lacks = {"format", "script", "step", "config", "data", "model"} - checkpoint.keys()
+        if lacks:
+            raise ValueError(f"it has no {', '.join(sorted(lacks))}")
+        if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
+            raise ValueError("a weight is not finite")
+    except Exception as error:  # such a file can raise anything
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(reason[0]) from error
+    return checkpoint
+
+
+def end_with_parent():
+    """From now on this process gets SIGTERM, as if it were stopped, when its parent process has ended."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def catch_signals():

@@ -3,16 +3,17 @@ Gemma 3 (Gemma Team, 2025, "Gemma 3 Technical Report") at 124M parameters.
 
 Against GPT-2: five of six layers attend to the last 256 tokens only; rotary
 positions with base 10,000 there and 1,000,000 in the others; one head of keys
-and values for four query heads; queries and keys normalised; RMSNorm before and
-after attention and MLP; a GeGLU MLP; the embedding, but not the head, scaled by
-sqrt(C); no biases. The shape is the 270M model's, with a smaller MLP and window.
+and values for four query heads; queries and keys normalised; RMSNorm before
+and after attention and MLP; a GeGLU MLP; the embedding, but not the head,
+scaled by sqrt(C); no biases. The shape is the 270M model's, with a smaller MLP
+and window.
 123,673,216 parameters with the vocabulary padded to 50,304.
 
-    python train_gemma.py --tiny               # a few minutes on a laptop
-    python train_gemma.py                      # on one GPU
+    python train_gemma.py --tiny    # a few minutes on a laptop
+    python train_gemma.py           # on one GPU
     torchrun --standalone --nproc_per_node=8 train_gemma.py    # on eight
-    python train_gemma.py --resume             # continue from the last checkpoint
-    python train_gemma.py --eval               # score it; --sample "Hello" continues a text
+    python train_gemma.py --resume  # continue from the last checkpoint
+    python train_gemma.py --eval    # score it; or --sample "Hello"
 """
 import argparse
 import dataclasses
@@ -21,6 +22,9 @@ import math
 import os
 import time
 from pathlib import Path
+
+# before torch is loaded: a thread that waits for others must not keep a core busy meanwhile
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.distributed as dist
@@ -66,7 +70,8 @@ class Config:
     beta2: float = option(0.95, "AdamW: decay of the running mean of their squares", zero=True)
     adam_eps: float = option(1e-8, "AdamW: keeps a division by a tiny gradient finite")
     grad_clip: float = option(1.0, "gradients with a larger norm are scaled down to this norm")
-    recipe: str = option("paper", "AdamW and schedule: the paper's own, or shared", ("paper", "shared"))
+    recipe: str = option("paper", "AdamW and schedule: shared, or the paper's own where it has one for "
+                         "this size, as RWKV-7's has", ("paper", "shared"))  # fmt: skip
 
     data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
     train_shards: int = option(100, "training shards to use, of 100M tokens each")
@@ -76,7 +81,10 @@ class Config:
     eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
     log_every: int = option(1, "steps between lines on the screen; log.jsonl has every step")
     prompt: str = option("Hello, I'm a language model,", "what the samples continue")
-    sample_tokens: int = option(32, "tokens that a sample adds", zero=True)
+    samples: int = option(2, "how many samples are drawn at a time")
+    sample_tokens: int = option(32, "tokens that a sample adds at most", zero=True)
+    temperature: float = option(1.0, "of the samples; 0: always the likeliest token", zero=True)
+    top_k: int = option(50, "a sample's token is one of the top_k likeliest; 0: of all", zero=True)
 
     micro_batch: int = option(0, "rows at a time on a device; 0: as many as fit", zero=True)
     device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
@@ -87,8 +95,8 @@ class Config:
 # --resume may change these; another value of any other field would be another run
 MAY_CHANGE = (
     "max_steps warmup_steps max_lr min_lr weight_decay beta1 beta2 adam_eps grad_clip data_dir "
-    "train_shards val_tokens hellaswag run_name eval_every log_every prompt sample_tokens "
-    "micro_batch device dtype compile"
+    "train_shards val_tokens hellaswag run_name eval_every log_every prompt samples sample_tokens "
+    "temperature top_k micro_batch device dtype compile"
 ).split()
 # --tiny: a run that learns English spelling in two minutes on a laptop
 TINY_RUN = dict(
@@ -423,7 +431,7 @@ def parse_command_line():
     parser.add_argument("--tiny", action="store_true", help="a small model on a small dataset made offline")
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     parser.add_argument("--eval", action="store_true", help="score the run's last checkpoint")
-    parser.add_argument("--sample", metavar="PROMPT", help="continue a text with the run's last checkpoint")
+    parser.add_argument("--sample", metavar="PROMPT", help="continue a text; --seed may be another one")
     given, asked = fineweb.parse_options(parser, Config, RECIPE, TINY_MODEL | TINY_RUN)
     values = {}
     if given.get("recipe", "paper") == "paper":
@@ -431,16 +439,6 @@ def parse_command_line():
     if asked.tiny:
         values |= TINY_MODEL | TINY_RUN
     return Config(**(values | given)), given, asked
-
-
-def check_config(config, world):
-    """Raises SystemExit for an impossible value, or for values that don't fit together."""
-    fineweb.check_options(config)
-    rows = max(1, config.micro_batch)
-    if config.batch_tokens % (world * rows * config.block_size):
-        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x "
-             f"micro-batches of {rows} row(s) x --block_size {config.block_size}: "
-             "choose numbers that divide it")  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -482,6 +480,7 @@ def start(config, world):
         # DDP must not cut the graph into buckets, since gradients are sent only once a step.
         # The line also imports _dynamo now: imported later, it would keep the group alive at exit.
         torch._dynamo.config.optimize_ddp = False
+        fineweb.end_with_parent()  # torchrun
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     rank = int(os.environ.get("RANK", 0))
     return Machine(rank, world, device, name, dtype, why)
@@ -550,7 +549,8 @@ def try_micro_batch(config, n, machine):
 # ==========================================================================
 # Checkpoints: the same in every script
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
+SCRIPT = Path(__file__).name.split(".")[0]  # a changed script's copy in a run's folder is train_x.2.py
 
 
 def checkpoint_paths(folder):
@@ -562,14 +562,15 @@ def checkpoint_paths(folder):
 def save_checkpoint(folder, step, config, data, model, optimizer, scaler):
     """Writes folder/step_N.pt with all that --resume needs, whole or not at all; keeps the last two."""
     checkpoint = {
-        "format": CHECKPOINT_FORMAT, "script": Path(__file__).stem,
+        "format": CHECKPOINT_FORMAT, "script": SCRIPT, "script_hash": fineweb.script_hash(__file__),
         "step": step,  # also the position in the data: a batch is a function of seed and step
         "config": dataclasses.asdict(config), "data": data,
         "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
         "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
     }  # fmt: skip
     path = folder / f"step_{step:06d}.pt"
-    fineweb.write_atomic(path, lambda file: torch.save(checkpoint, file))
+    advice = "continue with --resume" if step else "run the same command again"
+    fineweb.write_atomic(path, lambda file: torch.save(checkpoint, file), advice)
     for old in checkpoint_paths(folder)[:-2]:
         old.unlink()
     say(f"step {step:05d} | saved {path}")
@@ -579,43 +580,77 @@ def load_checkpoint(folder):
     """The newest checkpoint that can be read, or None. A damaged one is skipped with a line."""
     for path in reversed(checkpoint_paths(folder)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise anything
-            say(f"{path} is damaged ({type(error).__name__}): using the one before it")
+            return fineweb.load_whole(path)
+        except ValueError as reason:
+            say(f"{path} is damaged ({reason}): using the one before it")
     return None
 
 
 def open_run(folder, asked):
-    """The checkpoint to continue from, or None for a new run.
+    """The checkpoint to continue from, or None for a new run. Who trains takes the folder's lock.
 
     Raises SystemExit if one is needed and there is none, or if a new run would overwrite an old one.
     """
-    needed = asked.resume or asked.eval or asked.sample is not None
+    reads = asked.eval or asked.sample is not None
+    if folder.exists() and not reads:
+        fineweb.lock_run(folder)
+    paths = checkpoint_paths(folder)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
-    checkpoint = load_checkpoint(folder) if needed or restarted else None
-    if needed and checkpoint is None:
+    if paths and (asked.resume or restarted or reads):
+        checkpoint = load_checkpoint(folder)
+        if checkpoint is None:
+            fail(f"{folder} holds no checkpoint that can be read: choose another --run_name")
+        return checkpoint
+    if reads or (asked.resume and not folder.exists()):
         fail(f"{folder} holds no checkpoint: train it first, or name another run with --run_name")
-    if folder.exists() and not needed and not restarted:
+    if asked.resume:  # a start saves a checkpoint before it opens the log
+        say(f"{folder} holds no checkpoint yet: starting at step 0")
+    refuse_old_run(folder)
+    return None
+
+
+def refuse_old_run(folder):
+    """Raises SystemExit if a new run would overwrite what is in the folder."""
+    if checkpoint_paths(folder):
         fail(f"{folder} already holds a run: continue it with --resume, or choose another --run_name")
-    return checkpoint
+    if (folder / "log.jsonl").exists():
+        fail(f"{folder} holds the log of a run without checkpoints: choose another --run_name")
 
 
-def resumed_config(checkpoint, given, folder):
+def resumed_config(checkpoint, given, folder, asked):
     """The checkpoint's Config with the options given now. Raises SystemExit for one that can't change."""
     old = checkpoint["config"]
-    names = {field.name for field in dataclasses.fields(Config)}
-    if checkpoint["script"] != Path(__file__).stem:
+    if checkpoint["script"] != SCRIPT:
         fail(f"the checkpoint was made by {checkpoint['script']}.py: use that script")
+    trained_by = fineweb.find_copy(folder, SCRIPT, checkpoint.get("script_hash"))
+    its_copy = f"its copy, PYTHONPATH=. python {trained_by}"
+    names = {field.name for field in dataclasses.fields(Config)}
     if checkpoint["format"] != CHECKPOINT_FORMAT or old.keys() != names:
-        fail("the checkpoint is of another version of this script: "
-             f"run its copy, PYTHONPATH=. python {folder / Path(__file__).name}")  # fmt: skip
+        fail(f"the checkpoint is of another version of this script: run {its_copy}")
+    if checkpoint["script_hash"] != fineweb.script_hash(__file__):
+        say(f"note: {SCRIPT}.py has changed since this checkpoint; to use the script as it was, run {its_copy}")
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != old[name]:
+        can_change = name in MAY_CHANGE or (name == "seed" and asked.sample is not None)
+        if value != old[name] and not can_change:
             fail(f"--{name} {value}: the checkpoint has {old[name]}; leave it out, or start another run")
     config = Config(**(old | given))
     if config.max_steps != old["max_steps"]:
         say(f"--max_steps {config.max_steps}, no longer {old['max_steps']}: this changes the learning rate")
     return config
+
+
+def make_model(config, checkpoint, machine):
+    """The Model with its initial weights or the checkpoint's. Raises SystemExit if these don't fit."""
+    torch.manual_seed(config.seed)
+    model = Model(config)  # on the CPU: the same weights on every device
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            fail(f"the checkpoint's weights don't fit this script's Model ({reason[:80]}): "
+                 f"run the copy of the script in the run's folder")  # fmt: skip
+    return model.to(machine.device)
 
 
 # ==========================================================================
@@ -647,69 +682,91 @@ def validate(model, windows, micro_batch, machine):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompt, n_samples, config, machine):
-    """n_samples texts that continue the prompt, each token drawn from the 50 likeliest."""
+def generate(model, tokenizer, prompt, config, machine):
+    """config.samples texts that continue the prompt, each as far as <|endoftext|> or sample_tokens."""
     tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    idx = torch.tensor([tokens] * n_samples, device=machine.device)
+    idx = torch.tensor([tokens] * config.samples, device=machine.device)
     generator = torch.Generator(machine.device).manual_seed(config.seed)
+    k = min(config.top_k or tokenizer.n_vocab, tokenizer.n_vocab)
+    if config.temperature == 0:
+        k = 1
     state = None
     for _ in range(config.sample_tokens):
         with machine.autocast:
             logits, state = model.decode(idx, state)
         logits = logits[:, : tokenizer.n_vocab].float()  # ids beyond n_vocab are padding
-        top = logits.topk(50)
-        choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+        top = logits.topk(k)
+        below = top.values - top.values[:, :1]
+        probabilities = (below / (config.temperature or 1.0)).softmax(-1)
+        choice = torch.multinomial(probabilities, 1, generator=generator)
         idx = torch.cat((idx, top.indices.gather(-1, choice)), dim=1)
-    return [tokenizer.decode(row) for row in idx.tolist()]
+    texts = []
+    for row in idx.tolist():
+        added = row[len(tokens) :] + [tokenizer.eot_token]
+        added = added[: added.index(tokenizer.eot_token)]
+        texts.append(prompt + tokenizer.decode(added))
+    return texts
 
 
 def step_line(step, loss, lr, norm, seconds, eta, flops_per_token, config, machine):
-    """A training step in words, for the screen."""
+    """A training step in words, 80 columns at most, for the screen."""
     rate = config.batch_tokens / seconds
-    line = f"step {step:05d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
-    line += f" | {1000 * seconds:.0f} ms | {rate:,.0f} tok/s | eta {eta / 60:.0f} min"
-    if machine.device.type == "cuda":
-        line += f" | {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB"
+    line = f"{step:5d}/{config.max_steps}  loss {loss:.3f}  lr {lr:.1e}  norm {norm:.2f}"
+    line += f"  {fineweb.short(rate)} tok/s"
     peak = PEAK_FLOPS.get(machine.name)
     if peak and machine.dtype != torch.float32:
         flops = 3 * flops_per_token * rate  # a backward pass is two forward passes' work
-        line += f" | MFU {flops / (peak * machine.world):.1%}"
-    return line
+        line += f"  MFU {flops / (peak * machine.world):.0%}"
+    return line + f"  eta {fineweb.duration(eta)}"
 
 
 def main():
     # ---- what to do
     config, given, asked = parse_command_line()
     script = Path(__file__)
-    default_name = script.stem.removeprefix("train_") + ("-tiny" if asked.tiny else "")
+    default_name = SCRIPT.removeprefix("train_") + ("-tiny" if asked.tiny else "")
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
+    fineweb.check_run(config, world)
     folder = Path("log") / (config.run_name or default_name)
     checkpoint = open_run(folder, asked)
     if checkpoint:
-        config = resumed_config(checkpoint, given, folder)
-    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
-    check_config(config, world)
+        config = resumed_config(checkpoint, given, folder, asked)
+        fineweb.check_run(config, world)
     first_step = checkpoint["step"] if checkpoint else 0
     last_step = first_step if asked.eval else config.max_steps
-    if asked.resume and first_step >= last_step:
+    if asked.resume and checkpoint and first_step >= last_step:
         fail(f"{folder} is finished at step {first_step}: "
              "score it with --eval, or train on with a larger --max_steps")  # fmt: skip
     machine = start(config, world)
     device = machine.device
-
-    # ---- the model, made on the CPU: the same weights on every device
-    torch.manual_seed(config.seed)
-    model = Model(config)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    model.to(device)
     if asked.sample is not None:
+        model = make_model(config, checkpoint, machine).eval()
         tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
-        for text in generate(model.eval(), tokenizer, asked.sample, 4, config, machine):
+        for text in generate(model, tokenizer, asked.sample, config, machine):
             say(text)
         return
 
-    # ---- the batch: every process takes an equal share of its rows, in micro-batches
+    # ---- the data
+    if asked.tiny and config.data_dir == TINY_RUN["data_dir"] and machine.rank == 0:
+        fineweb.write_sample(config.data_dir)
+    over_ranks([0], machine)  # the others wait for it
     batch_rows = config.batch_tokens // config.block_size
+    trained_on = checkpoint["data"] if checkpoint else None
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, trained_on)
+    train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
+    val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
+    loader = fineweb.Loader(train, batch_rows, config.seed, machine.rank, world, device,
+                            config.vocab_size, config.max_steps)  # fmt: skip
+    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if machine.rank == 0 else None
+    scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size,
+                                   device, machine.rank, world)  # fmt: skip
+
+    # ---- the model
+    fineweb.check_size(lambda: Model(config), device)
+    model = make_model(config, checkpoint, machine)
+    fineweb.warn_if_slow(config, model.flops_per_token(), world, device)
+
+    # ---- the batch: every process takes an equal share of its rows, in micro-batches
     micro_batch = find_micro_batch(config, batch_rows // world, machine)
     micro_steps = batch_rows // world // micro_batch
 
@@ -724,6 +781,8 @@ def main():
         if checkpoint["scaler"]:  # it is empty where no scaler was used
             scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
+    is_new = checkpoint is None
+    checkpoint = None  # gives its memory back
 
     # ---- three names for the same weights: model for checkpoints, samples and HellaSwag, whose many
     # shapes would each be compiled anew; compiled for speed; net to train, on all processes
@@ -736,24 +795,9 @@ def main():
         net = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
 
-    # ---- the data
-    if asked.tiny and config.data_dir == TINY_RUN["data_dir"] and machine.rank == 0:
-        fineweb.write_sample(config.data_dir)
-    over_ranks([0], machine)  # the others wait for it
-    trained_on = checkpoint["data"] if checkpoint else None
-    checkpoint = None  # gives its memory back
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, trained_on)
-    train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
-    val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
-    loader = fineweb.Loader(train, batch_rows, config.seed, machine.rank, world, device,
-                            config.vocab_size, config.max_steps)  # fmt: skip
-    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if machine.rank == 0 else None
-    scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size,
-                                   device, machine.rank, world)  # fmt: skip
-
     # ---- the run's folder and log
     facts = {
-        "script": script.stem, "script_hash": fineweb.sha256(script)[:16],
+        "script": SCRIPT, "script_hash": fineweb.script_hash(script),
         "git": fineweb.git_version(script.parent), "torch": torch.__version__, "device": machine.name,
         "processes": world, "dtype": f"{machine.dtype} ({machine.why})",
         "micro_batch": micro_batch, "micro_steps": micro_steps,
@@ -761,20 +805,28 @@ def main():
         "active_parameters": model.active_parameters(), "flops_per_token": model.flops_per_token(),
         "data": data, "config": dataclasses.asdict(config),
     }  # fmt: skip
+    if machine.rank == 0 and not asked.eval:
+        fineweb.lock_run(folder)
+        fineweb.keep_copy(script, folder)
+        if is_new:
+            refuse_old_run(folder)  # another process may have begun and ended meanwhile
+            save_checkpoint(folder, 0, config, data, model, optimizer, scaler)
     log_path = folder / "log.jsonl" if machine.rank == 0 else None
     log_file = fineweb.open_log(log_path, math.inf if asked.eval else first_step)
-    if machine.rank == 0 and not asked.eval:
-        fineweb.keep_copy(script, folder)
 
     def log(event, **fields):
-        log_file.write(json.dumps({"event": event, **fields}) + "\n")
+        with fineweb.one_line(f"{log_path} can't be written: make room, then continue with --resume"):
+            log_file.write(json.dumps({"event": event, **fields}) + "\n")
 
     def evaluate(step):
         """Logs and prints the validation loss and the accuracy on HellaSwag or the cloze."""
         model.eval()
         loss = validate(compiled, val, micro_batch, machine)
         log("val", step=step, loss=loss)
-        say(f"step {step:05d} | validation loss {loss:.4f}")
+        memory = ""
+        if device.type == "cuda":
+            memory = f" | peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+        say(f"step {step:05d} | validation loss {loss:.4f}{memory}")
         if scorer is None:
             return
         conventions = scorer.batches if step == last_step else ["nanogpt"]
@@ -785,8 +837,8 @@ def main():
             say(f"step {step:05d} | {hellaswag.one_line(result)}")
 
     def sample(step):
-        """Logs and prints two texts."""
-        for text in generate(model, tokenizer, config.prompt, 2, config, machine):
+        """Logs and prints texts that continue the prompt."""
+        for text in generate(model, tokenizer, config.prompt, config, machine):
             log("sample", step=step, text=text)
             say(f"step {step:05d} > {text!r}")
 
@@ -808,7 +860,7 @@ def main():
             finished = step >= config.max_steps
             command = f"--sample {json.dumps(config.prompt)}" if finished else "--resume"
             say(f"{folder} is at step {step} of {config.max_steps}.")
-            say(f"Next: python {script.name} --run_name {folder.name} {command}")
+            say(f"Next: python {SCRIPT}.py --run_name {folder.name} {command}")
             break
 
         # ---- one optimizer step

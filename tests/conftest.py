@@ -51,6 +51,8 @@ def run(tmp_path, monkeypatch, capsys):
         except SystemExit as error:
             print(error.code)
             status = 1
+        for folder in list(fineweb.locks):  # which the end of the process would do
+            fineweb.unlock_folder(folder)
         return status, capsys.readouterr().out
 
     return run

