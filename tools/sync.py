@@ -1,13 +1,19 @@
 """
-Keeps the text that training scripts share the same, to the letter.
+Keeps the text that the seven scripts share the same, to the letter.
 
-    python -m tools.sync            # copy what is shared from its original into the other scripts
-    python -m tools.sync --check    # only say where they differ (exit status 1)
+    python -m tools.sync            # copy what is shared from its original
+                                    # into the other scripts
+    python -m tools.sync --check    # only say where they differ
 
-There are two kinds of shared text. Sections are in every script, and train_gpt2.py has the original: they
-start at `import argparse` or at a line with "the same in every script", and end at a line with "this
-architecture's" or where the next one starts. Definitions are in some scripts: a comment right above a class
-or function says "# The same in LLaMA, Mistral and MTA.", and the first one named has the original.
+There are two kinds of shared text. Sections are in every script, and
+train_gpt2.py has the original: they start at `import argparse` or at a line
+with "the same in every script", and end at a line with "this architecture's"
+or where the next one starts. Definitions are in some scripts: a comment right
+above a class or function says "# The same in LLaMA, Mistral and MTA.", and the
+first one named has the original.
+
+A script of your own, such as train_mine.py, is left as it is, so that you can
+edit all of it. To keep it in step with the seven, add it to SCRIPTS.
 """
 import argparse
 import difflib
@@ -33,8 +39,14 @@ FAMILY = re.compile(
 
 
 def siblings():
-    """All training scripts but the original, in order of name."""
-    return sorted(path for path in ROOT.glob("train_*.py") if path != ORIGINAL)
+    """The training scripts in SCRIPTS that are there, but the original, in order of name."""
+    paths = [ROOT / name for name in SCRIPTS.values()]
+    return sorted(path for path in paths if path != ORIGINAL and path.exists())
+
+
+def others():
+    """Training scripts that a user has added, in order of name."""
+    return sorted(path for path in ROOT.glob("train_*.py") if path.name not in SCRIPTS.values())
 
 
 # ==========================================================================
@@ -151,6 +163,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = fineweb.parse_strictly(parser)
+    for path in others():
+        print(f"{path.name}: left as it is, since it is not one of the {len(SCRIPTS)} scripts in tools/sync.py")
     wrong = 0
     for path in siblings():
         if not differences(path):
