@@ -1,6 +1,13 @@
 """Export to other libraries and back, by the real libraries."""
 import importlib
+import itertools
 import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +16,7 @@ import torch
 from conftest import ROOT
 
 import fineweb
+import hellaswag
 from tools import export, weights
 
 transformers = pytest.importorskip("transformers")
@@ -87,8 +95,7 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, monkeyp
     ids = fineweb.get_tokenizer("bytes").encode_ordinary(text)
     assert tokenizer.encode(text, add_special_tokens=False) == ids
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.eos_token_id == 256
-    card = (tmp_path / "hf/README.md").read_text()
-    assert name in card and '"n_embd"' in card and "steps: 7" in card
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 256
     pipe = transformers.pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")
     (result,) = pipe("The number", max_new_tokens=5)
     assert result["generated_text"].startswith("The number")
@@ -151,6 +158,201 @@ def test_mta_comes_out_under_its_own_names(tmp_path, monkeypatch, capsys):
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
     assert json.loads((tmp_path / "out/config.json").read_text())["architecture"] == "mta"
+
+
+# ---- what an export holds beside the weights
+
+SCRIPTS = [*weights.HF_CLASSES, "rwkv", "mta"]
+
+
+def test_files_have_the_permissions_of_any_other_file(tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        for name in SCRIPTS:
+            trained(name, tmp_path / name)
+            call(monkeypatch, tmp_path / name, "--out", tmp_path / "out" / name)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) >= 4 * len(weights.HF_CLASSES) + 4
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def write_log(folder, script, *events):
+    """A log.jsonl of one start and these events."""
+    start = {
+        "event": "run", "script": script.__name__, "processes": 1, "parameters": 1, "flops_per_token": 1,
+        "git": "abc123-dirty", "torch": "9.9.9", "data": {"fingerprint": "f", "tokenizer": "bytes"},
+        "config": vars(script.Config(val_tokens=4096)),
+    }  # fmt: skip
+    lines = [json.dumps(event) for event in (start, *events)]
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+
+
+SCORE = {"event": "score", "task": "cloze", "convention": "nanogpt", "n": 400, "acc": 0.71, "acc_se": 0.022,
+         "acc_norm": 0.7025, "acc_norm_se": 0.0229}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_card_has_the_runs_facts_and_results(name, tmp_path, monkeypatch):
+    from huggingface_hub import ModelCard
+
+    model = trained(name, tmp_path / "run", seed=5)
+    script = importlib.import_module(f"train_{name}")
+    write_log(
+        tmp_path / "run", script,
+        {"event": "val", "step": 0, "loss": 5.5},
+        {"event": "train", "step": 0, "ms": 1},
+        {"event": "val", "step": 7, "loss": 3.3},
+        SCORE | {"step": 3, "acc": 0.5},
+        SCORE | {"step": 7},
+        {"event": "val", "step": 7, "loss": 1.71308},  # by a later --eval
+    )  # fmt: skip
+    call(monkeypatch, tmp_path / "run", "--out", tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    fields = {"language": "en", "pipeline_tag": "text-generation"}
+    if name in weights.HF_CLASSES:
+        fields["library_name"] = "transformers"
+    assert card.data.to_dict() == fields  # no licence: nobody has said one
+    trainable = sum(parameter.numel() for parameter in model.parameters())
+    tokens = 7 * 524_288
+    expected = [
+        "# " + name, f"- parameters: {trainable:,} trained", "- steps: 7 of 19,073", f"- tokens: {tokens:,}",
+        "- data: sample", "- tokenizer: bytes", "- seed: 5", "- git commit: abc123-dirty", "- torch: 9.9.9",
+        "- recipe: paper, max_lr 0.0006, ", f"sha256 {fineweb.script_hash(script.__file__)}",
+        "validation loss 1.7131 nats per token, on up to 4,096 tokens", "one standard error",
+        "cloze (nanogpt): acc 71.00 ± 2.20, acc_norm 70.25 ± 2.29 (400 items, chance 25)",
+        f"({trainable:,} parameters, trained on {tokens:,} tokens)", "not for use", '"n_embd"',
+    ]  # fmt: skip
+    for words in expected:
+        assert words in card.content, words
+    assert "3.3" not in card.content and "5.5" not in card.content and "acc 50" not in card.content
+
+
+def test_the_card_says_what_is_not_known(tmp_path, monkeypatch):
+    import train_gpt2 as script
+
+    trained("gpt2", tmp_path / "run")
+
+    def card():
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        call(monkeypatch, tmp_path / "run", "--out", out)
+        return (out / "README.md").read_text()
+
+    assert "losses and scores are unknown: its log.jsonl is not there." in card()
+    (tmp_path / "run/log.jsonl").write_text("nothing\nof the kind\n")
+    assert "losses and scores are unknown: line 1 of its log.jsonl is not an event of a run." in card()
+    write_log(tmp_path / "run", script, {"event": "val", "step": 3, "loss": 3.3})
+    assert "Step 7 was not evaluated." in card()
+    data = {"dataset": "HuggingFaceFW/fineweb-edu sample/10BT", "tokenizer": "bytes", "vocab_size": 257}
+    retag(tmp_path / "run", data=data)
+    assert "datasets:\n- HuggingFaceFW/fineweb-edu\nlanguage: en\n" in card()
+    retag(tmp_path / "run", data=data | {"dataset": "files"})
+    assert "language" not in card().split("---")[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "mta"])
+def test_the_cards_way_to_load_it_works(name, tmp_path, monkeypatch):
+    model = trained(name, tmp_path / "run")
+    call(monkeypatch, tmp_path / "run", "--out", tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
+    loaded = {}
+    exec(code, loaded)
+    assert loaded["tokenizer"].encode("ab") == [97, 98]
+    idx = torch.randint(257, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = loaded["model"].eval()(idx)
+        assert_close(model(idx)[0], logits[0] if name == "mta" else logits.logits)
+
+
+# ---- what is imported runs
+
+
+def make_hf(folder, vocab_size):
+    """A small GPT-2 of transformers with random weights, in a folder."""
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96}
+    config = transformers.GPT2Config(vocab_size=vocab_size, bos_token_id=256, eos_token_id=256, **shape)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def mean_loss(model, data_dir, n_tokens):
+    """transformers' loss on the first validation windows."""
+    windows = fineweb.Windows(data_dir, "val", 96, max_tokens=n_tokens)
+    rows = torch.from_numpy(windows.rows(range(len(windows))))
+    with torch.no_grad():
+        logits = model(rows[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+
+def write_gpt2_data():
+    """Made up, but of GPT-2's size: tokens in data/fineweb10B and a vocabulary in data/gpt2."""
+    folder = Path("data/fineweb10B")
+    folder.mkdir(parents=True)
+    for split in ("val", "train"):
+        tokens = torch.randint(50_257, (60_000,), generator=torch.Generator().manual_seed(1)).numpy()
+        content = fineweb.shard_header(len(tokens)) + tokens.astype("uint16").tobytes()
+        (folder / f"x_{split}_000000.bin").write_bytes(content)
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable]  # the files' way to write the 256 bytes, in this order
+    letters += [chr(256 + n) for n in range(256 - len(printable))]
+    merges = list(itertools.product(letters, letters))[:50_000]
+    names = letters + [first + second for first, second in merges]
+    Path("data/gpt2").mkdir()
+    lines = ["#version"] + [" ".join(pair) for pair in merges]
+    Path("data/gpt2/vocab.bpe").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path("data/gpt2/encoder.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+
+
+def printed_commands(said):
+    """What follows "Next:" and "To score it:"."""
+    return re.findall(r"^(?:Next|To score it): (.*)$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_the_commands_that_import_prints_work(tokenizer, tmp_path, monkeypatch, run, request):
+    theirs = make_hf(tmp_path / "theirs", fineweb.VOCAB_SIZE[tokenizer])
+    script = importlib.import_module("train_gpt2")
+    if tokenizer == "gpt2":
+        write_gpt2_data()
+    status, said = run(export, "--from", "theirs", "--out", "log/my run")
+    assert status == 0
+    sample, evaluate = printed_commands(said)
+    assert sample == "python train_gpt2.py --run_name 'my run' --sample \"Hello\""
+    if tokenizer == "bytes":
+        get, evaluate = evaluate.split(" && ")
+        assert get == "python fineweb.py --sample"
+        shutil.copytree(request.getfixturevalue("small_sample"), "data/sample")
+    assert evaluate == "python train_gpt2.py --run_name 'my run' --eval"
+
+    status, said = run(script, *shlex.split(sample)[2:])
+    assert status == 0 and said.count("Hello") >= 2
+    options = ["--val_tokens=9600", "--hellaswag=none.jsonl"]
+    monkeypatch.setattr(hellaswag, "download", lambda path: fineweb.fail("no network"))
+    status, said = run(script, *shlex.split(evaluate)[2:], *options)
+    assert status == 0, said
+    events = map(json.loads, Path("log/my run/log.jsonl").read_text().splitlines())
+    (loss,) = [event["loss"] for event in events if event["event"] == "val"]
+    data_dir = "data/sample" if tokenizer == "bytes" else "data/fineweb10B"
+    assert loss == pytest.approx(mean_loss(theirs, data_dir, 9600), rel=1e-5)
+    assert ("cloze" in said) == (tokenizer == "bytes")
+
+
+def test_the_next_command_in_a_fresh_process(tmp_path, run):
+    """As a user types it, in the project's root."""
+    for name in ("fineweb.py", "hellaswag.py", "train_gpt2.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    make_hf(tmp_path / "theirs", 257)
+    _, said = run(export, "--from", "theirs", "--out", "log/mine")
+    command = printed_commands(said)[0]
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "Hello" in process.stdout
 
 
 # ---- mistakes

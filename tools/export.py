@@ -248,7 +248,10 @@ def write_hf(name, config, checkpoint, trained, out):
     model = weights.hf_model(name, config)
     model.load_state_dict(weights.to_hf(name, checkpoint["model"], config))
     padding = list(range(len(tokenizer), config.vocab_size))  # rows of the embedding that are no token
-    model.generation_config.update(do_sample=True, top_k=50, suppress_tokens=padding or None)
+    end = tokenizer.eos_token_id  # not the last id of a padded vocabulary
+    model.config.update({"bos_token_id": end, "eos_token_id": end})
+    model.generation_config.update(bos_token_id=end, eos_token_id=end, do_sample=True, top_k=50)
+    model.generation_config.update(suppress_tokens=padding or None)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     how = "Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`."
