@@ -54,7 +54,8 @@ def straight(texts, name="bytes"):
 
 
 def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """{name: content} of a folder's files, without the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".lock")}
 
 
 def in_process(folder, paths, shard_tokens=5000, last=None, workers=0):
@@ -201,7 +202,7 @@ def test_parquet_without_text_is_one_line(tmp_path):
 def test_other_text_into_the_same_folder_is_refused(tmp_path):
     in_process(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", documents(20))])
     whole = bytes_of(tmp_path / "out")
-    with pytest.raises(SystemExit, match="holds shards with files = .* choose another --out"):
+    with pytest.raises(SystemExit, match="holds shards with files = .* choose another folder"):
         in_process(tmp_path / "out", [write_jsonl(tmp_path / "b.jsonl", documents(20))])
     with pytest.raises(SystemExit, match="holds shards with shard_tokens = 5000"):
         in_process(tmp_path / "out", [tmp_path / "a.jsonl"], shard_tokens=6000)
@@ -210,13 +211,13 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--shard", "1"], "unknown option --shard: did you mean --shards?"),
-    (["--dataset", "c4"], "--dataset c4: choose fineweb or fineweb-edu"),
+    (["--dataset", "c4"], "argument --dataset: invalid choice: 'c4' (choose from 'fineweb', 'fineweb-edu')"),
     (["--shards", "many"], "argument --shards: invalid int value: 'many'"),
     (["--shards", "0"], "--shards 0: must be at least 1"),
     (["--shard_tokens", "5"], "--shard_tokens 5: must be from 1,024 to 2,147,483,647"),
     (["--workers", "-1"], "--workers -1: must be at least 0"),
     (["--files", "nowhere.txt"], "nowhere.txt is not a file"),
-    (["--files", "x.txt", "--tokenizer", "gpt4"], "--tokenizer gpt4: choose gpt2 or bytes"),
+    (["--files", "x.txt", "--tokenizer", "gpt4"], "argument --tokenizer: invalid choice: 'gpt4' (choose from 'gpt2', 'bytes')"),
     (["--verify", "--out", "nowhere"], "nowhere has no manifest.json"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(run, options, message):
