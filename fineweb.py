@@ -1563,14 +1563,17 @@ def open_log(path, step):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and step < math.inf:
             keep_lines_before(path, step)
-        return open(path, "a", buffering=1)  # each line is in the file as soon as it is written
+        file = open(path, "a", buffering=1)  # each line is in the file as soon as it is written
+        if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
+            file.write("\n")  # after half a line of a killed run
+        return file
 
 
 def keep_lines_before(path, step):
     """Leaves out a log's lines on this step and later ones, and, with a word, the damaged ones."""
     kept = []
     damaged = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in path.read_bytes().splitlines():
         try:
             event = json.loads(line)
             logged = event.get("step", -1)
@@ -1579,7 +1582,7 @@ def keep_lines_before(path, step):
             damaged += 1  # a killed run may leave half a line
             continue
         if keep:
-            kept.append(line)
+            kept.append(line + b"\n")
     if damaged:
         say(f"{path}: {damaged} damaged line(s) left out")
     write_atomic(path, lambda f: f.write(b"".join(kept)))
