@@ -1,15 +1,19 @@
 """
-How fast do the scripts train on this machine, and how long will ten billion tokens take?
+How fast do the scripts train on this machine, and how long will ten billion
+tokens take?
 
-    python -m tools.bench                           # a training step of every script at its real shapes
+    python -m tools.bench                      # every script at its real shapes
     python -m tools.bench gpt2 llama --micro_batch 2 4 --gpus 8
-    python -m tools.bench gpt2 --peers              # beside transformers' class and the plain way, in turn
-    python -m tools.bench gpt2 --profile trace      # the ten most expensive operations, and a trace
+    python -m tools.bench gpt2 --peers         # beside transformers' class
+    python -m tools.bench gpt2 --profile trace # the most expensive operations
     python -m tools.bench --tiny --json results/bench-tiny.json
+    python -m tools.bench --suite OUT          # all of a GPU, in ten minutes
 
-A step is forward, backward, clipping and AdamW on one micro-batch of random tokens. Every line is measured
-in a fresh process, after a warm-up, and gives the median and the spread. Memory is the device's peak, on a
-CPU the process's, of which Python and torch are about 0.3 GB.
+A step is forward, backward, clipping and AdamW on one micro-batch of random
+tokens. Every line is measured in a fresh process, after a warm-up, and gives
+the median and the spread. Memory is the device's peak, on a CPU the process's,
+of which Python and torch are about 0.3 GB. --suite has options of its own:
+python -m tools.bench --suite --help
 """
 import argparse
 import importlib
@@ -87,8 +91,10 @@ class Trainer:
         self.is_script = kind in ("ours", "gpt2")
         settings = {"lr": 1e-4, "betas": (config.beta1, config.beta2)}
         if self.is_script:
-            settings["fused"] = machine.device.type != "mps"
+            settings |= {"eps": config.adam_eps, "fused": machine.device.type != "mps"}
         self.optimizer = torch.optim.AdamW(groups, **settings)
+        fp16 = machine.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=fp16)
 
     def loss(self, idx, targets):
         if self.is_script:
@@ -100,13 +106,17 @@ class Trainer:
             logits, _ = self.net(idx)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def step(self, idx, targets):
+    def step(self, idx, targets, lr=1e-4):
         """Takes a training step; returns its loss as a float, for which it waits for the device."""
         with self.machine.autocast:
             loss = self.loss(idx, targets)
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.is_script:
             self.model.after_step()
@@ -364,6 +374,11 @@ def write_results(path, results):
 
 
 def main():
+    if any(argument.split("=")[0] == "--suite" for argument in sys.argv[1:]):
+        from tools import suite
+
+        suite.main()
+        return
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("names", nargs="*", help=f"which of {', '.join(names())} (default: all)")
