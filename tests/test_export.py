@@ -331,14 +331,14 @@ def test_the_commands_that_import_prints_work(tokenizer, tmp_path, monkeypatch, 
 
     status, said = run(script, *shlex.split(sample)[2:])
     assert status == 0 and said.count("Hello") >= 2
-    options = ["--val_tokens=9600", "--hellaswag=none.jsonl"]
+    options = ["--val_tokens=1920", "--sample_tokens=4", "--hellaswag=none.jsonl"]
     monkeypatch.setattr(hellaswag, "download", lambda path: fineweb.fail("no network"))
     status, said = run(script, *shlex.split(evaluate)[2:], *options)
     assert status == 0, said
     events = map(json.loads, Path("log/my run/log.jsonl").read_text().splitlines())
     (loss,) = [event["loss"] for event in events if event["event"] == "val"]
     data_dir = "data/sample" if tokenizer == "bytes" else "data/fineweb10B"
-    assert loss == pytest.approx(mean_loss(theirs, data_dir, 9600), rel=1e-5)
+    assert loss == pytest.approx(mean_loss(theirs, data_dir, 1920), rel=1e-5)
     assert ("cloze" in said) == (tokenizer == "bytes")
 
 
