@@ -13,8 +13,12 @@ from tools import table
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+LINES = "".join(BLOCKS).replace("\\\n", "").splitlines()
+COMMANDS = [line.split("#")[0].strip() for line in LINES if line.strip()]
 CLONE = COMMANDS.pop(0)
+# a shell's loop around commands, and a copy of a script
+COMMANDS = [command for command in COMMANDS if command.split()[0] not in ("for", "done", "cp")]
+COMMANDS = [command.replace("$seed", "1").replace("train_mine.py", "train_gpt2.py") for command in COMMANDS]
 COMMANDS += [command for command in re.findall(r"`((?:python|torchrun) [^`]*)`", README)]
 
 
