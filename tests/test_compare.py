@@ -13,6 +13,7 @@ from conftest import ROOT
 
 import fineweb
 from tools import compare, runs as reading, verdicts
+from tools.models import count_parameters
 
 SCRIPT = importlib.import_module("train_gpt2")
 RWKV = importlib.import_module("train_rwkv")
@@ -233,24 +234,24 @@ def test_one_seed_says_something_of_models_only(tmp_path, run_tool):
     status, said = run_tool(*folders, "--out", tmp_path / "report", pictures=True)
     assert status == 0, said
     pairs = rows(said)
-    loss, how, p, verdict, accuracy, accuracy_p = pairs["gpt2 (b) – gpt2 (a)"]
+    loss, how, p, verdict, accuracy, accuracy_p = pairs["gpt2, n_layer 2 – gpt2, n_layer 1"]
     assert (loss, how, p) == ("-0.5000", "one seed: no interval", "–")
     assert accuracy.startswith("+15.00 ± ")
     assert verdict == "these two models differ; of the architectures one seed says nothing"
     assert float(accuracy_p) < 1e-10
-    *_, verdict, accuracy, accuracy_p = pairs["gpt2 (c) – gpt2 (b)"]
+    *_, verdict, accuracy, accuracy_p = pairs["gpt2, n_layer 3 – gpt2, n_layer 2"]
     assert verdict == "not distinguishable"  # 4 items to none: p = 1/8 even uncorrected
     assert float(accuracy_p) == pytest.approx(0.125)
     assert "better" not in said.replace("Which is better", "") and "lower loss" not in said
-    expected = "Of three, gpt2 (c) has the lowest validation loss, 2.4000 (one seed: no interval)"
+    expected = "Of three, gpt2, n_layer 3 has the lowest validation loss, 2.4000 (one seed: no interval)"
     assert expected + "; of the architectures one seed says nothing." in said
-    assert [pairs[rank][0] for rank in "123"] == ["gpt2 (c)", "gpt2 (b)", "gpt2 (a)"]
+    assert [pairs[rank][0] for rank in "123"] == [f"gpt2, n_layer {n}" for n in (3, 2, 1)]
     names = {path.name for path in (tmp_path / "report").iterdir()}
     pictures = {"loss_tokens", "loss_flops", "loss_time", "cloze_nanogpt", "cloze_nanogpt_bars"}
     assert names == {"leaderboard.md", "index.html"} | {f"{picture}.png" for picture in pictures}
     page = (tmp_path / "report/index.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page
-    assert page.count("<table>") == 4 and "<strong>gpt2 (a)</strong>" in page
+    assert page.count("<table>") == 4 and "<strong>gpt2, n_layer 1</strong>" in page
     assert "not distinguishable" in page
 
 
@@ -265,14 +266,14 @@ def test_seeds_are_pooled(tmp_path, run_tool):
     assert status == 0 and f"3.1000 ± {half}" in said and f"2.1000 ± {half}" in said
     assert said.count("± is half of a 95% interval's width everywhere") == 1
     table = rows(said)
-    loss, how, p, verdict, accuracy, accuracy_p = table["gpt2 (b0) – gpt2 (a0)"]
+    loss, how, p, verdict, accuracy, accuracy_p = table["gpt2, n_layer 2 – gpt2, n_layer 1"]
     assert (loss, how, verdict) == (f"-1.0000 ± {half}", "paired, 3 seeds", "lower loss")
     assert float(p) == pytest.approx(0.0033, abs=1e-4)
     assert table["1"][-1] == table["2"][-1] == "3"  # seeds
     assert "3" not in table
     # forty items were right in one seed of b and in none of a: that is one seed of three
     assert accuracy.startswith("+3.33 ± ") and float(accuracy_p) > 0.3
-    expected = f"Of two, gpt2 (b0) has the lowest validation loss, 2.1000 ± {half} "
+    expected = f"Of two, gpt2, n_layer 2 has the lowest validation loss, 2.1000 ± {half} "
     assert expected + "(95% interval over 3 seeds), and that is lower than the loss of each other one." in said
 
 
@@ -285,8 +286,8 @@ def test_the_first_line_names_what_can_not_be_told(tmp_path, run_tool):
     write_run(tmp_path / "d", losses=(5.0, 2.3), seed=1, n_layer=4)
     status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
     first = said.splitlines()[2]
-    assert status == 0 and first.startswith("Of four, gpt2 (a1) has the lowest validation loss, 2.0200 ± ")
-    assert first.endswith("; it can't be told from gpt2 (b1); one seed says nothing of gpt2 (d).")
+    assert status == 0 and first.startswith("Of four, gpt2, n_layer 1 has the lowest validation loss, 2.0200 ± ")
+    assert first.endswith("; it can't be told from gpt2, n_layer 2; one seed says nothing of gpt2, n_layer 4.")
 
 
 def test_unfair_runs_are_ranked_apart_with_the_reason(tmp_path, run_tool):
@@ -298,7 +299,8 @@ def test_unfair_runs_are_ranked_apart_with_the_reason(tmp_path, run_tool):
     status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
     assert status == 0
     main, *apart = said.split("## Not comparable with those above")
-    assert "(a)" in main and "(b)" in main and "(shorter)" not in main and "(other)" not in main
+    assert "gpt2 (a)" in main and "gpt2 (b)" in main  # more differs than a name holds
+    assert "(shorter)" not in main and "(other)" not in main
     assert len(apart) == 3
     reasons = " ".join(apart)
     assert "tokens: 5242880, not 10485760" in reasons
@@ -312,7 +314,7 @@ def test_an_unfinished_run_is_shown_and_not_ranked(tmp_path, run_tool):
     status, said = run_tool(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "report")
     assert status == 0
     (row,) = [line for line in said.splitlines() if "unfinished: step 10 of 20" in line]
-    assert row.startswith("| – |") and "| 1 | gpt2 (a) |" in said
+    assert row.startswith("| – |") and "| 1 | gpt2, n_layer 1 |" in said
 
 
 def test_pooled_seeds_of_which_one_was_not_scored(tmp_path, run_tool):
@@ -372,20 +374,24 @@ def test_a_script_that_is_not_here_is_compared_by_its_log(tmp_path, run_tool):
     write_run(tmp_path / "ours", losses=(5.0, 4.0, 2.5), facts={"parameters": 900, "active_parameters": 800})
     status, said = run_tool(tmp_path / "mine", tmp_path / "ours", "--out", tmp_path / "report")
     assert status == 0, said
-    assert rows(said)["1"][:3] == ["gpt2", "900", "800"]
-    assert rows(said)["2"][:3] == ["mine", "1,000", "–"]
+    board = rows(said)
+    assert board["1"][0] == "gpt2" and board["1"][3:8] == ["900", "–", "800", "–", "–"]
+    assert board["2"][0] == "mine" and board["2"][3:8] == ["1,000", "–", "–", "–", "–"]
+    (line,) = [line for line in said.splitlines() if "its script" in line]
+    assert line.startswith("mine: its script train_mine.py is not here. So it is compared by its log alone")
 
 
-@pytest.mark.parametrize("name, total, active", [
-    ("gpt2", 842_624, 842_624),
-    ("rwkv", 843_392, 843_392),
-    ("deepseek", 927_072, 558_432),
+@pytest.mark.parametrize("name, total, evaluated, active, embedding", [
+    ("gpt2", 842_624, 842_624, 842_624, 257 * 128 + 128 * 128),
+    ("rwkv", 843_392, 843_392, 843_392, 257 * 128),
+    ("deepseek", 927_072, 703_104, 558_432, 257 * 128),
 ])  # fmt: skip
-def test_runs_from_before_fields_were_renamed_are_read(name, total, active):
+def test_runs_from_before_fields_were_renamed_are_read(name, total, evaluated, active, embedding):
     runs = [compare.read_run(DEMO / f"{name}-{seed}") for seed in (1, 2, 3)]
     (pool,) = compare.pool_runs(runs)
     assert pool.name == name and pool.finished
-    assert compare.leaderboard_row(pool, [])[1:3] == [f"{total:,}", f"{active:,}"]
+    counts = [total, evaluated, active, embedding, total - embedding]
+    assert compare.leaderboard_row(pool, [])[2:7] == [f"{count:,}" for count in counts]
 
 
 def test_an_evaluation_later_changes_neither_the_run_nor_its_hours(tmp_path):
@@ -495,6 +501,102 @@ def test_seeds_may_differ():
     assert pair.loss.how == "Welch, 3 and 2 seeds"
 
 
+def test_names_say_what_differs():
+    def names(*runs):
+        return sorted(pool.name for pool in compare.pool_runs(runs))
+
+    few = make_run("train_llama", "log/a", n_head=12, n_kv_head=12)
+    plain = make_run("train_llama", "log/b", n_head=12, n_kv_head=3)
+    assert names(few) == ["llama"]
+    assert names(few, plain) == ["llama, n_kv_head 12", "llama, n_kv_head 3"]
+    third = make_run("train_llama", "log/c", n_head=12, n_kv_head=3, n_layer=2, n_embd=96)
+    assert names(few, plain, third) == ["llama (a)", "llama (b)", "llama (c)"]  # three fields: too long
+    today = compare.hash_file(ROOT / "train_llama.py")
+    edited = make_run("train_llama", "log/d", script_hash="0123")
+    assert names(edited) == ["llama"]
+    assert names(edited, make_run("train_llama", script_hash=today)) == ["llama", "llama, edited script"]
+    # the recipe stands for the fields that it sets
+    paper = make_run("train_rwkv", "log/e", **RWKV.RECIPE)
+    assert names(paper, make_run("train_rwkv", recipe="shared")) == ["rwkv, recipe paper", "rwkv, recipe shared"]
+
+
+# ---- logs of other versions
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_k", "samples", "prompt"])
+def test_a_field_of_sampling_that_was_added_later_orphans_nothing(field, tmp_path, run_tool):
+    new = vars(SCRIPT.Config(max_steps=10, seed=1)) | {field: 3}
+    old = {name: value for name, value in new.items() if name != field} | {"seed": 2}
+    write_run(tmp_path / "new", own=new, losses=(5.0, 3.0))
+    write_run(tmp_path / "old", own=old, losses=(5.0, 4.0))
+    status, said = run_tool(tmp_path / "old", tmp_path / "new", "--out", tmp_path / "report")
+    assert status == 0 and "3.5000 ± " in said and rows(said)["1"][-1] == "2", said
+
+
+def test_a_log_without_todays_fields_or_with_others_is_ranked(tmp_path, run_tool):
+    today = vars(SCRIPT.Config(max_steps=20))
+    older = {name: value for name, value in today.items() if name not in ("recipe", "eval_every", "dtype")}
+    shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=257, block_size=32)
+    parameters, _ = count_parameters(SCRIPT, SCRIPT.Config(**shape))
+    facts = {"parameters": parameters}
+    write_run(tmp_path / "older", own={**older, **shape, "a_field_of_old": 3}, facts=facts)
+    write_run(tmp_path / "today", n_layer=3, losses=(5.0, 4.0, 2.9), block_size=32)
+    status, said = run_tool(tmp_path / "older", tmp_path / "today", "--out", tmp_path / "report")
+    assert status == 0 and "Not comparable" not in said, said
+    board = rows(said)
+    assert board["1"][0] == "gpt2 (today)" and board["2"][0] == "gpt2 (older)"
+    assert board["2"][3:5] == [f"{parameters:,}"] * 2  # known in spite of the other fields
+
+
+def test_a_script_that_can_not_be_imported_is_named(tmp_path, run_tool, monkeypatch):
+    (tmp_path / "train_broken.py").write_text("class Config\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    write_run(tmp_path / "mine", script="train_broken")
+    status, said = run_tool(tmp_path / "mine", "--out", tmp_path / "report")
+    assert status == 0 and rows(said)["1"][0] == "broken"
+    assert "broken: its script train_broken.py can't be imported: SyntaxError: " in said
+
+
+# ---- the same items
+
+
+def set_items(folder, labels):
+    """Gives a run's newest predictions other right answers, with as many items as they had."""
+    path = folder / "cloze_nanogpt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": labels}))
+    return folder
+
+
+def test_accuracies_are_compared_over_the_same_items_only(tmp_path, run_tool):
+    write_run(tmp_path / "a", script="train_gpt2", right=100)
+    write_run(tmp_path / "b", script="train_llama", right=150)
+    write_run(tmp_path / "c", script="train_mistral", right=250, n=1000)
+    set_items(write_run(tmp_path / "d", script="train_gemma", right=150), "01" * 200)
+    (write_run(tmp_path / "e", script="train_mta", right=160) / "cloze_nanogpt.json").unlink()
+    status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report", pictures=True)
+    assert status == 0, said
+    board = {row[0]: row[2] for row in rows(said).values() if len(row) == 13}
+    assert board["gpt2"].startswith("25.00 ± ") and board["llama"].startswith("37.50 ± ")
+    assert board["mistral"] == board["gemma"] == "–"
+    assert board["mta"].startswith("40.00 ± ")  # 400 items, as far as is known these
+    line = ("cloze (nanogpt) acc_norm is compared over the same 400 items; gemma has 400 others, mistral has "
+            "1,000 others: hence “–”.")  # fmt: skip
+    assert said.count(line) == 1
+    pairs = rows(said)
+    assert pairs["gpt2 – llama"][-2].startswith("-12.50 ± ")
+    assert pairs["gemma – gpt2"][-2:] == pairs["gpt2 – mistral"][-2:] == ["–", "–"]
+
+
+def test_seeds_with_other_items_have_no_accuracy(tmp_path, run_tool):
+    for seed in (1, 2):
+        write_run(tmp_path / f"a{seed}", right=100, seed=seed)
+        write_run(tmp_path / f"b{seed}", script="train_llama", right=150, seed=seed)
+    set_items(tmp_path / "b2", "01" * 200)
+    status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
+    assert status == 0 and "; the seeds of llama have different ones: hence “–”." in said
+    assert sorted(row[2] for row in rows(said).values() if len(row) == 13)[-1] == "–"
+
+
 # ---- edited scripts and repeated runs
 
 
@@ -531,13 +633,19 @@ def test_an_edited_script_is_another_model(has_diff, tmp_path, run_tool, monkeyp
     assert status == 0, said
     board, differs = said.split("## What differs")
     differs = rows(differs)
-    assert differs["gpt2 (b)"] == ["gpt2 (a1)", "edited script, 3 lines"]
-    assert differs["gpt2 (c)"] == ["gpt2 (a1)", "n_layer 5, not 12"]
-    assert differs["gpt2 (d)"] == ["gpt2 (a1)", "edited script"]
-    assert differs["gpt2 (old)"] == ["gpt2 (a1)", "perhaps another script: one of the two logs doesn't say"]
+    name = "gpt2, n_layer 12"
+    unknown = "perhaps another script: one of the two logs doesn't say"
+    assert differs == {
+        "run": ["beside", "what differs", "its folders"],
+        "---": ["---"] * 3,
+        f"{name}, edited script (b)": [f"{name} (a1)", "edited script, 3 lines", str(log / "b")],
+        "gpt2, n_layer 5": [f"{name} (a1)", "n_layer 5, not 12", str(log / "c")],
+        f"{name}, edited script (d)": [f"{name} (a1)", "edited script", str(log / "d")],
+        f"{name} (old)": [f"{name} (a1)", unknown, str(log / "old")],
+    }
     ranked = [line.split("|") for line in board.splitlines()]
-    seeds = {cells[2].strip(): cells[-2].strip() for cells in ranked if len(cells) == 13}
-    assert seeds["gpt2 (a1)"] == "2" and seeds["gpt2 (b)"] == "1"
+    seeds = {cells[2].strip(): cells[-2].strip() for cells in ranked if len(cells) == 16}
+    assert seeds[f"{name} (a1)"] == "2" and seeds[f"{name}, edited script (b)"] == "1"
 
 
 def test_an_older_log_has_its_script_by_the_copy(tmp_path):
@@ -582,18 +690,53 @@ def test_inside_and_outside_of_a_reference(tmp_path, run_tool):
     reference = tmp_path / "results/reference.jsonl"
     assert run_tool(*runs, "--save_reference", reference)[0] == 0
     lines = [json.loads(line) for line in reference.read_text().splitlines()]
-    assert lines[1]["loss"] == pytest.approx(3.01)
-    # t of 2 degrees of freedom, and the spread of one more run around the mean of three
-    assert lines[1]["high"] - 3.01 == pytest.approx(4.30265 * 0.01 * math.sqrt(4 / 3), rel=1e-5)
-    write_run(tmp_path / "mine", losses=(5.01, 3.05))
-    status, said = run_tool(tmp_path / "mine", "--against", reference)
-    assert status == 0 and "inside at 2 of 2 steps" in said and "note" not in said
-    write_run(tmp_path / "faster", losses=(5.01, 3.01), max_lr=1e-3)
-    status, said = run_tool(tmp_path / "faster", "--against", reference)
-    assert status == 0 and "has another recipe than the reference" in said
-    write_run(tmp_path / "bad", losses=(5.01, 3.2))
-    status, said = run_tool(tmp_path / "bad", "--against", reference)
-    assert status == 1 and "OUTSIDE" in said and "inside at 1 of 2 steps" in said
+    assert lines[1]["loss"] == pytest.approx(3.01) and lines[1]["sd"] == pytest.approx(0.01)
+    # t of 2 degrees of freedom at 1 - 0.05 / (2 sides x 2 steps), and the spread of one more run beside three
+    assert lines[1]["high"] - 3.01 == pytest.approx(6.20535 * 0.01 * math.sqrt(4 / 3), rel=1e-5)
+    mine = write_run(tmp_path / "mine", losses=(5.01, 3.05))
+    status, said = run_tool(mine, "--against", reference)
+    assert status == 0 and said.startswith(f"{mine}: inside the band at all 2 steps\n")
+    # the same with other conditions, which comes first
+    faster = write_run(tmp_path / "faster", losses=(5.01, 3.01), max_lr=1e-3, fingerprint="g")
+    status, said = run_tool(faster, "--against", reference)
+    first, second = said.splitlines()[:2]
+    assert status == 0 and second == f"{faster}: inside the band at all 2 steps"
+    assert first == (f"{faster} had other conditions than the reference, so that the answer means little: "
+                     "data g, not f; max_lr 0.001, not 0.0006")  # fmt: skip
+    bad = write_run(tmp_path / "bad", losses=(5.01, 3.2, 3.1))
+    status, said = run_tool(bad, "--against", reference)
+    assert status == 1 and f"{bad}: outside at 1 of 2 steps: step 10\n" in said and "OUTSIDE" in said
     (tmp_path / "nonsense").write_text("no")
     status, said = run_tool(tmp_path / "bad", "--against", tmp_path / "nonsense")
     assert status == 1 and "is not a reference" in said
+
+
+def test_a_reference_of_one_run_says_that_its_band_is_a_guess(tmp_path, run_tool):
+    reference = tmp_path / "reference.jsonl"
+    status, said = run_tool(write_run(tmp_path / "a"), "--save_reference", reference)
+    assert status == 0 and "One run doesn't say how far another seed is from it: the band is 1%" in said
+    assert run_tool(write_run(tmp_path / "b", losses=(5.04, 4.0, 3.0)), "--against", reference)[0] == 0
+    assert run_tool(write_run(tmp_path / "c", losses=(5.06, 4.0, 3.0)), "--against", reference)[0] == 1
+
+
+@pytest.mark.parametrize("n, steps", [(3, 5), (3, 20), (5, 20), (8, 20)])
+def test_a_fresh_run_is_inside_the_band_at_all_steps(n, steps):
+    """Random walks around a mean: a step's loss hangs on those before it, as a run's does."""
+    rng = np.random.default_rng(1)
+    studies = 400
+    inside = 0
+    worse_inside = 0
+    for _ in range(studies):
+        curves = 100 + rng.normal(size=(n + 1, steps)).cumsum(axis=1)
+        lines = compare.reference_lines([dict(enumerate(curve)) for curve in curves[:n].tolist()])
+        low = np.array([line["low"] for line in lines])
+        high = np.array([line["high"] for line in lines])
+        fresh = curves[n]
+        worse = fresh + 10 * np.sqrt(np.arange(1, steps + 1))  # ten standard deviations
+        inside += np.all((low <= fresh) & (fresh <= high))
+        worse_inside += np.all((low <= worse) & (worse <= high))
+    print(f"inside: {inside / studies:.1%}, of the worse ones {worse_inside / studies:.1%}")
+    assert inside >= 0.94 * studies
+    assert inside < studies  # a band that all are inside of would say nothing
+    if n == 8:
+        assert worse_inside == 0

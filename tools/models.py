@@ -1,4 +1,6 @@
 """What the tools and the tests ask of a script's model without training it."""
+import dataclasses
+
 import torch
 
 
@@ -12,3 +14,57 @@ def count_parameters(script, config):
     """(all parameters of a script's Model, those that work on one token)."""
     model = make_model(script, config)
     return sum(p.numel() for p in model.parameters()), model.active_parameters()
+
+
+@dataclasses.dataclass
+class Parameters:
+    """How many parameters a model has."""
+
+    trained: int
+    evaluated: int  # those that a forward pass in evaluation uses
+    active: int  # those that work on one token in training
+    embedding: int  # of the trained ones, those that are looked up: tokens, and positions if learned
+
+    @property
+    def non_embedding(self):
+        return self.trained - self.embedding
+
+
+def leaves(output):
+    """The parameters that a tensor was made from, as autograd has recorded it."""
+    found = set()
+    seen = set()
+    todo = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        todo += [before for before, _ in node.next_functions]
+    return found
+
+
+def all_parameters(script, config):
+    """The Parameters of a script's Model with a config.
+
+    Runs the model on a few tokens with whatever weights are in memory: what they are used for doesn't
+    depend on their values, and so the time to initialise them is saved.
+    """
+    model = make_model(script, config)
+    active = model.active_parameters()
+    model = model.to_empty(device="cpu").eval()
+    for buffer in model.buffers():
+        buffer.zero_()  # one might be an index
+    logits, _ = model(torch.zeros((1, min(4, config.block_size)), dtype=torch.int64))
+    embedding = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            embedding += module.weight.numel()
+    return Parameters(
+        trained=sum(p.numel() for p in model.parameters()),
+        evaluated=sum(p.numel() for p in leaves(logits)),
+        active=active,
+        embedding=embedding,
+    )

@@ -1,6 +1,9 @@
 """The pictures of tools.compare: curves of loss, accuracy and expert load, and bars of accuracy."""
-import math
 import statistics
+
+import numpy as np
+
+from tools import verdicts
 
 # Okabe and Ito's colours, told apart by the colour-blind; with the dashes also in black and white
 STYLES = [
@@ -22,10 +25,12 @@ def style(number):
 def spread_labels(axis, ends, gap=0.045):
     """Writes each curve's name beside its end, moved apart so that they can be read.
 
-    ends: [(name, x, y, colour)]; gap: the least distance, as a share of the picture's height.
+    ends: [(name, x, y, colour)]; gap: the least distance, as a share of the picture's height. The name of a
+    curve that ends above or below the picture is at its edge.
     """
     low, high = axis.get_ylim()
-    ends = sorted(ends, key=lambda end: end[2])
+    ends = [(name, x, min(max(y, low), high), colour) for name, x, y, colour in ends]
+    ends.sort(key=lambda end: end[2])
     heights = []
     lowest = 0.0
     for _, _, y, _ in ends:
@@ -36,47 +41,92 @@ def spread_labels(axis, ends, gap=0.045):
     for i in reversed(range(len(ends))):  # down again where they left the picture
         heights[i] = min(heights[i], highest)
         highest = heights[i] - gap
-    for (name, x, y, colour), height in zip(ends, heights):
+    for (name, x, y, colour), height in zip(ends, heights, strict=True):
         line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "lw": 0.4}
         axis.annotate(name, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour,
-                      fontsize=8, va="center", arrowprops=line)  # fmt: skip
+                      fontsize=8, va="center", arrowprops=line, annotation_clip=False)  # fmt: skip
+
+
+INSET = (0.42, 0.42, 0.55, 0.53)  # left, bottom, width, height as shares of the picture's
+
+
+def is_free(axis, curves):
+    """Whether the inset, and the numbers beside it, would hide nothing of the curves."""
+    to_share = axis.transData + axis.transAxes.inverted()
+    left, bottom = INSET[0] - 0.07, INSET[1] - 0.07
+    for points in curves.values():
+        x, y = to_share.transform([(x, y + half) for x, y, half in points]).T
+        between = np.linspace(x[0], x[-1], 200)
+        if np.any((between > left) & (np.interp(between, x, y) > bottom)):
+            return False
+    return True
 
 
 def draw_inset(axis, curves):
-    """Draws the last 30% of the curves larger, into the free corner above them."""
+    """Draws the last 30% of the curves larger into the upper right corner.
+
+    Draws nothing where one of them has no such part, or where the corner isn't free.
+    """
     start = 0.7 * max(points[-1][0] for points in curves.values())
-    zoom = axis.inset_axes([0.42, 0.42, 0.55, 0.53])
-    for number, points in enumerate(curves.values()):
-        late = [(x, y) for x, y in points if x >= start]
-        if late:
-            colour, dash = style(number)
-            zoom.plot(*zip(*late), color=colour, linestyle=dash, lw=1.4, marker=".")
+    late = {}
+    for name, points in curves.items():
+        late[name] = [(x, y) for x, y, _ in points if x >= start]
+    if min(len(points) for points in late.values()) < 2 or not is_free(axis, curves):
+        return
+    zoom = axis.inset_axes(INSET)
+    for number, points in enumerate(late.values()):
+        colour, dash = style(number)
+        x, y = zip(*points, strict=True)
+        zoom.plot(x, y, color=colour, linestyle=dash, lw=1.4, marker=".")
     zoom.tick_params(labelsize=7)
     zoom.grid(alpha=0.25)
     zoom.set_title("the last part", fontsize=8)
 
 
-def draw_curves(path, title, xlabel, ylabel, curves, inset=True, bands=None, unfinished=()):
-    """Writes one PNG of curves {name: [(x, y)]}, with bands {name: [(x, low, high)]} if given.
+def from_where_they_differ(curves):
+    """(lowest, highest value) of curves and their bands after the first tenth of the axis.
 
+    What all have in common, the fall from an untrained model's loss, would take up most of the picture.
+    """
+    start = 0.1 * max(points[-1][0] for points in curves.values())
+    low = []
+    high = []
+    for points in curves.values():
+        late = [point for point in points if point[0] >= start] or points[-1:]
+        for _, y, half in late:
+            low.append(y - half)
+            high.append(y + half)
+    room = 0.04 * (max(high) - min(low)) or 0.1
+    return min(low) - room, max(high) + room
+
+
+def draw_curves(path, title, xlabel, ylabel, curves, inset=False, most=None, unfinished=()):
+    """Writes one PNG of curves {name: [(x, y, half of the interval's width)]}, with the intervals as bands.
+
+    inset: whether the last part is drawn larger in a corner. most: the largest value that y can have.
     unfinished: names of curves that end in a cross.
     """
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
     ends = []
+    banded = False
     for number, (name, points) in enumerate(curves.items()):
         colour, dash = style(number)
-        x, y = zip(*points)
+        x, y, halves = zip(*points, strict=True)
         marker = "x" if name in unfinished else None
         axis.plot(x, y, color=colour, linestyle=dash, lw=1.6, marker=marker, markevery=[-1])
-        if bands:
-            x, low, high = zip(*bands[name])
+        if any(halves):
+            low = [value - half for value, half in zip(y, halves, strict=True)]
+            high = [value + half for value, half in zip(y, halves, strict=True)]
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-        ends.append((name, *points[-1], colour))
-    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            banded = True
+        ends.append((name, x[-1], y[-1], colour))
+    low, high = from_where_they_differ(curves)
+    axis.set_ylim(low, high if most is None else min(high, most))
+    axis.set(title=title + (", with 95% intervals" if banded else ""), xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.25)
-    if inset and max(len(points) for points in curves.values()) >= 4:
+    if inset:
         draw_inset(axis, curves)
     spread_labels(axis, ends)
     figure.savefig(path, dpi=130)
@@ -87,21 +137,21 @@ def draw_bars(path, title, pools, key):
     """Writes one PNG of the pools' accuracies, with 95% intervals; unfinished runs are hatched."""
     from matplotlib import pyplot
 
-    scored = [pool for pool in pools if pool.accuracy(key)]
-    scored.sort(key=lambda pool: pool.accuracy(key)[0])
-    figure, axis = pyplot.subplots(figsize=(7, 0.6 + 0.45 * len(scored)), layout="constrained")
-    right = 0.0
-    for row, pool in enumerate(scored):
-        mean, error = pool.accuracy(key)
+    scored = [(*pool.accuracy(key), pool) for pool in pools]
+    scored.sort(key=lambda score: score[0])
+    figure, axis = pyplot.subplots(figsize=(7, 1.1 + 0.4 * len(scored)), layout="constrained")
+    right = 0.3
+    for row, (mean, half, pool) in enumerate(scored):
         hatch = None if pool.finished else "//"
-        axis.barh(row, 100 * mean, xerr=196 * error, color="#9ecae1", edgecolor="black",
+        interval = [[100 * min(half, mean)], [100 * min(half, 1 - mean)]]  # accuracies end at 0 and 100
+        axis.barh(row, 100 * mean, xerr=interval, color="#9ecae1", edgecolor="black",
                   hatch=hatch, capsize=3)  # fmt: skip
-        axis.text(100 * (mean + 2.1 * error), row, f" {100 * mean:.1f}", va="center", fontsize=8)
-        right = max(right, 100 * (mean + error))
+        axis.text(0.8, row, f"{100 * mean:.1f}", va="center", fontsize=8)
+        right = max(right, mean + half)
     axis.axvline(25, color="black", lw=0.8, ls=":")
-    axis.set_yticks(range(len(scored)), [pool.name for pool in scored])
+    axis.set_yticks(range(len(scored)), [pool.name for _, _, pool in scored])
     axis.set(title=title, xlabel="acc_norm in percent, 95% interval; dotted: chance")
-    axis.set_xlim(0, right * 1.18)
+    axis.set_xlim(0, min(100, 105 * right))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -130,31 +180,35 @@ def clock(pool):
     return at
 
 
+def without_start(curve):
+    """A curve of [(step, …)] without step 0, where a model is untrained, if there is another."""
+    return curve[1:] if len(curve) > 1 and curve[0][0] == 0 else curve
+
+
+def loss_curve(pool):
+    """[(step, mean validation loss, half of its 95% interval's width over the seeds, 0 with one)] of a pool."""
+    curve = []
+    for step, mean in pool.curve(lambda run: run.val):
+        half = verdicts.half_interval([run.val[step] for run in pool.runs])
+        curve.append((step, mean, half or 0.0))
+    return without_start(curve)
+
+
 def accuracy_curve(pool, key):
-    """[(million tokens, acc_norm in percent)] of a pool by a score."""
-
-    def by_step(run):
-        return {step: 100 * result["acc_norm"] for step, result in run.scores[key].items()}
-
-    return [(million_tokens(pool, step), value) for step, value in pool.curve(by_step)]
-
-
-def error_band(points, n):
-    """[(x, low, high)]: one standard error, over n items, around accuracies in percent."""
-    band = []
-    for x, y in points:
-        error = 100 * math.sqrt(y / 100 * (1 - y / 100) / n)
-        band.append((x, y - error, y + error))
-    return band
+    """[(million tokens, acc_norm in percent, half of its 95% interval's width)] of a pool by a score."""
+    curve = []
+    for step, mean, half in without_start(pool.accuracy_curve(key)):
+        curve.append((million_tokens(pool, step), 100 * mean, 100 * half))
+    return curve
 
 
 def load_curve(pool):
-    """[(step, load of the busiest expert over the mean)], empty for a model without experts."""
+    """[(step, load of the busiest expert over the mean, 0)], empty for a model without experts."""
 
     def by_step(run):
         return {step: event["load_max"] for step, event in run.train.items() if "load_max" in event}
 
-    return pool.curve(by_step)
+    return [(step, load, 0.0) for step, load in pool.curve(by_step)]
 
 
 def draw(folder, pools, keys, prefix=""):
@@ -172,21 +226,21 @@ def draw(folder, pools, keys, prefix=""):
         function(folder / file, title, *args, **kwargs)
         shown.append((file, title))
 
-    losses = {pool.name: pool.curve(lambda run: run.val) for pool in pools}
+    losses = {pool.name: loss_curve(pool) for pool in pools}
     pools = sorted(pools, key=lambda pool: losses[pool.name][-1][1])
     unfinished = [pool.name for pool in pools if not pool.finished]
 
     def add_losses(name, title, xlabel, x_of):
         curves = {}
         for pool in pools:
-            curves[pool.name] = [(x_of(pool, step), loss) for step, loss in losses[pool.name]]
+            curves[pool.name] = [(x_of(pool, step), loss, half) for step, loss, half in losses[pool.name]]
         ylabel = "validation loss, nats per token"
-        add(name, title, draw_curves, xlabel, ylabel, curves, unfinished=unfinished)
+        add(name, title, draw_curves, xlabel, ylabel, curves, inset=True, unfinished=unfinished)
 
     add_losses("loss_tokens", "Validation loss against tokens", "million tokens", million_tokens)
     add_losses("loss_flops", "Validation loss against training FLOPs", "training FLOPs", training_flops)
     clocks = {pool.name: clock(pool) for pool in pools}
-    if all(step in clocks[name] for name, points in losses.items() for step, _ in points):
+    if all(step in clocks[name] for name, points in losses.items() for step, *_ in points):
         title = "Validation loss against time spent training"
         add_losses("loss_time", title, "minutes", lambda pool, step: clocks[pool.name][step])
 
@@ -197,16 +251,14 @@ def draw(folder, pools, keys, prefix=""):
             continue
         curves = {pool.name: accuracy_curve(pool, key) for pool in scored}
         if any(len(points) > 1 for points in curves.values()):
-            n = scored[0].items(key)
-            bands = {name: error_band(points, n) for name, points in curves.items()}
-            title = f"{task} ({convention}) against tokens, with one standard error"
+            title = f"{task} ({convention}) against tokens"
             add(f"{task}_{convention}", title, draw_curves, "million tokens", "acc_norm, percent", curves,
-                inset=False, bands=bands, unfinished=unfinished)  # fmt: skip
+                most=100, unfinished=unfinished)  # fmt: skip
         add(f"{task}_{convention}_bars", f"Final {task} ({convention})", draw_bars, scored, key)
 
     loads = {pool.name: load_curve(pool) for pool in pools}
     loads = {name: points for name, points in loads.items() if points}
     if loads:
         title = "Load of the busiest expert over the mean"
-        add("expert_load", title, draw_curves, "steps", "max / mean", loads, inset=False)
+        add("expert_load", title, draw_curves, "steps", "max / mean", loads)
     return shown

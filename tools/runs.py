@@ -16,11 +16,11 @@ from tools import verdicts
 RECIPE_FIELDS = (
     "max_lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip",
 )  # fmt: skip
-CONDITION_FIELDS = ("max_steps", "batch_tokens", "val_tokens", "block_size", "train_shards", "seed", "recipe")
+CONDITION_FIELDS = ("max_steps", "batch_tokens", "val_tokens", "block_size", "train_shards", "seed")
 # what may differ between runs that are pooled, beside the seed
 VARYING_FIELDS = (
     "run_name", "data_dir", "hellaswag", "device", "micro_batch", "compile", "log_every", "prompt",
-    "sample_tokens",
+    "sample_tokens", "temperature", "top_k", "samples",
 )  # fmt: skip
 HASH_DIGITS = 16  # of the sha256 of a script's file that the logs have
 # Logs from before these fields were renamed, such as results/demo's: {script: {old name: today's}}
@@ -28,6 +28,7 @@ RENAMED_FIELDS = {
     "train_deepseek": {"expert_width": "n_inner_expert", "dense_width": "n_inner"},
     "train_rwkv": {"n_ffn": "n_inner"},
 }
+MOST_NAMED = 2  # config fields that stand in the names of pools; where more differ, folders name them
 
 
 class Unreadable(Exception):
@@ -45,7 +46,7 @@ class Run:
     train: dict
     val: dict
     scores: dict  # (task, convention) -> {step: result}
-    right: dict  # (task, convention) -> list of bool per item, of the newest score
+    labels: dict  # (task, convention) -> each item's right answer as a digit, of the newest score
 
     @property
     def config(self):
@@ -67,14 +68,31 @@ class Run:
     def seed(self):
         return self.config["seed"]
 
+    @property
+    def recipe(self):
+        return self.config.get("recipe", "paper")  # the first logs had no such field
+
+    def renamed_config(self):
+        """Its config under today's names."""
+        renamed = RENAMED_FIELDS.get(self.facts["script"], {})
+        return {renamed.get(name, name): value for name, value in self.config.items()}
+
     def fixed_config(self):
         """Its config under today's names, without the fields that may differ between runs of a pool."""
-        renamed = RENAMED_FIELDS.get(self.facts["script"], {})
-        fields = {renamed.get(name, name): value for name, value in self.config.items()}
+        fields = self.renamed_config()
         return {name: value for name, value in fields.items() if name not in (*VARYING_FIELDS, "seed")}
 
     def newest_score(self, key):
         return self.scores[key][max(self.scores[key])]
+
+    def right(self, key, step=None):
+        """Which items it got right at a step, the newest by default; None if the predictions don't tell."""
+        score = self.newest_score(key) if step is None else self.scores[key][step]
+        chosen = score.get("predictions_norm", "")
+        labels = self.labels.get(key, "")
+        if not labels or len(chosen) != len(labels):
+            return None  # then there is no test on the items, and the report says so
+        return [answer == label for answer, label in zip(chosen, labels, strict=True)]
 
 
 def require(fields, *names):
@@ -174,15 +192,14 @@ def trained_hash(folder, training):
     return (hash_file(copy) if copy else None), False
 
 
-def read_predictions(folder, key):
-    """Which items a run got right in its newest score, or None if its predictions can't be read."""
+def read_labels(folder, key):
+    """The right answers of the items of a run's newest score, or None if its predictions can't be read."""
     task, convention = key
     try:
-        saved = json.loads((folder / f"{task}_{convention}.json").read_text(encoding="utf-8"))
-        pairs = zip(saved["predictions_norm"], saved["labels"], strict=True)
-        return [prediction == label for prediction, label in pairs]
-    except (OSError, ValueError, KeyError):
-        return None  # then there is no test on the items, and the report says so
+        labels = json.loads((folder / f"{task}_{convention}.json").read_text(encoding="utf-8"))["labels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return labels if isinstance(labels, str) else None
 
 
 def read_run(folder):
@@ -208,12 +225,12 @@ def read_run(folder):
             val[step] = loss
     if not val:
         raise Unreadable("it was not validated even once")
-    right = {}
+    labels = {}
     for key in log.scores:
-        answers = read_predictions(folder, key)
-        if answers is not None:
-            right[key] = answers
-    return Run(folder, facts, script_hash, sorted(changed), log.train, val, log.scores, right)
+        read = read_labels(folder, key)
+        if read is not None:
+            labels[key] = read
+    return Run(folder, facts, script_hash, sorted(changed), log.train, val, log.scores, labels)
 
 
 @dataclasses.dataclass
@@ -222,6 +239,7 @@ class Pool:
 
     name: str
     runs: list
+    set_apart: set = dataclasses.field(default_factory=set)  # scores that are over other items
 
     @property
     def first(self):
@@ -240,29 +258,56 @@ class Pool:
     def loss(self):
         return statistics.mean(self.losses())
 
-    def answers(self, key):
-        """{seed: which items were right} by a score, None unless all have predictions of the same items."""
-        answers = {run.seed: run.right.get(key) for run in self.runs}
-        if None in answers.values() or len(set(map(len, answers.values()))) != 1:
-            return None
-        return answers
-
     def items(self, key):
-        """How many items a score has."""
-        return self.first.newest_score(key)["n"]
-
-    def accuracy(self, key):
-        """(mean acc_norm over the seeds, its error), None if not all were scored.
-
-        1.96 errors are half of the 95% interval's width, over seeds and items.
-        """
-        if not all(key in run.scores for run in self.runs):
+        """(how many items a score has, their labels or None), None unless all runs have the same ones."""
+        sizes = set()
+        labels = set()
+        for run in self.runs:
+            if key not in run.scores:
+                return None
+            sizes.add(run.newest_score(key)["n"])
+            labels.add(run.labels.get(key))
+        labels.discard(None)  # a run whose predictions are lost is taken to have the others' items
+        if len(sizes) > 1 or len(labels) > 1:
             return None
-        mean = statistics.mean(run.newest_score(key)["acc_norm"] for run in self.runs)
-        answers = self.answers(key)
+        return sizes.pop(), labels.pop() if labels else None
+
+    def answers(self, key, step=None):
+        """{seed: which items were right} by a score, None unless all have predictions of the same items."""
+        if key in self.set_apart or self.items(key) is None:
+            return None
+        answers = {run.seed: run.right(key, step) for run in self.runs}
+        return None if None in answers.values() else answers
+
+    def accuracy(self, key, step=None):
+        """(mean acc_norm over the seeds, half of its 95% interval's width), None if it can't be compared.
+
+        The interval is over seeds and items, with one seed or without predictions over the items alone.
+        """
+        items = self.items(key)
+        if key in self.set_apart or items is None:
+            return None
+        scores = []
+        for run in self.runs:
+            scores.append(run.newest_score(key) if step is None else run.scores[key][step])
+        mean = statistics.mean(score["acc_norm"] for score in scores)
+        answers = self.answers(key, step)
         if answers:
-            return mean, verdicts.half_accuracy(answers) / 1.96
-        return mean, math.sqrt(mean * (1 - mean) / self.items(key))  # over the items alone
+            return mean, verdicts.half_accuracy(answers)
+        return mean, 1.96 * math.sqrt(mean * (1 - mean) / items[0])
+
+    def accuracy_curve(self, key):
+        """[(step, mean acc_norm, half of its interval's width)] at the steps that all seeds were scored at.
+
+        Steps that were scored on other items than the newest are left out.
+        """
+        n, _ = self.items(key)
+        steps = set.intersection(*[set(run.scores[key]) for run in self.runs])
+        curve = []
+        for step in sorted(steps):
+            if all(run.scores[key][step]["n"] == n for run in self.runs):
+                curve.append((step, *self.accuracy(key, step)))
+        return curve
 
     def curve(self, of):
         """[(step, mean)] over the seeds of {step: value}, at the steps that all of them have."""
@@ -307,22 +352,70 @@ def pool_runs(runs):
     for run in sorted(runs, key=lambda run: (run.architecture, run.seed, str(run.folder))):
         alone = None if run.finished else run.folder
         groups.setdefault((pool_key(run), alone), []).append(run)
-    firsts = [group[0] for group in groups.values()]
-    names = [run.architecture for run in firsts]
-    folders = [run.folder.name for run in firsts]
-    pools = []
-    for run, group in zip(firsts, groups.values(), strict=True):
-        name = run.architecture
+    pools = [Pool(group[0].architecture, group) for group in groups.values()]
+    for architecture in sorted({pool.name for pool in pools}):
+        name_apart([pool for pool in pools if pool.name == architecture])
+    folders = [pool.first.folder.name for pool in pools]
+    names = [pool.name for pool in pools]
+    for pool, name in zip(pools, names, strict=True):
         if names.count(name) > 1:
-            unique = folders.count(run.folder.name) == 1
-            name += f" ({run.folder.name if unique else run.folder})"
-        pools.append(Pool(name, group))
+            folder = pool.first.folder
+            pool.name += f" ({folder.name if folders.count(folder.name) == 1 else folder})"
     return pools
+
+
+def telling_fields(pools):
+    """The config fields that differ between pools."""
+    configs = [pool.first.fixed_config() for pool in pools]
+    fields = []
+    for name in {name: None for config in configs for name in config}:
+        if any(config.get(name) != configs[0].get(name) for config in configs):
+            fields.append(name)
+    if "recipe" in fields:  # it stands for the fields that it sets
+        fields = [name for name in fields if name not in RECIPE_FIELDS]
+    return fields
+
+
+def name_apart(pools):
+    """Adds to the names of pools of one architecture what differs between them, if that is little.
+
+    Pools that still have one name get their folder's as well, see pool_runs.
+    """
+    fields = telling_fields(pools)
+    if len(fields) > MOST_NAMED:
+        return
+    for pool in pools:
+        config = pool.first.fixed_config()
+        for field in fields:
+            pool.name += f", {field} {config.get(field, 'absent')}"
+        if len(pools) > 1 and is_edited(pool.first):
+            pool.name += ", edited script"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The scripts as they are today
+
+
+def load_script(name):
+    """(the module of a script, "") or (None, why there is none)."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as missing:
+        if missing.name == name:
+            return None, "is not here"
+        return None, f"can't be imported: the package {missing.name} is missing"
+    except Exception as error:  # whatever a script that is being edited does
+        return None, f"can't be imported: {type(error).__name__}: {error}"
 
 
 def find_script(run):
     """The module of a run's script, or None if it isn't here."""
-    try:
-        return importlib.import_module(run.facts["script"])
-    except ImportError:
-        return None
+    return load_script(run.facts["script"])[0]
+
+
+def is_edited(run):
+    """Whether a run's script is known to be another text than today's."""
+    script = find_script(run)
+    if script is None or run.script_hash is None:
+        return False
+    return hash_file(Path(script.__file__)) != run.script_hash

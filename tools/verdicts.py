@@ -232,10 +232,10 @@ def compare_pairs(pools, key):
                 accuracy = compare_answers(ours, theirs)
             differences.append(Difference(a, b, loss, accuracy))
     tested = [pair for pair in differences if pair.loss.p is not None]
-    for pair, p in zip(tested, holm([pair.loss.p for pair in tested])):
+    for pair, p in zip(tested, holm([pair.loss.p for pair in tested]), strict=True):
         pair.loss_p = p
     tested = [pair for pair in differences if pair.accuracy]
-    for pair, p in zip(tested, holm([pair.accuracy.p for pair in tested])):
+    for pair, p in zip(tested, holm([pair.accuracy.p for pair in tested]), strict=True):
         pair.accuracy_p = p
     return differences
 
