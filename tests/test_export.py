@@ -297,9 +297,9 @@ def write_gpt2_data():
         tokens = torch.randint(50_257, (60_000,), generator=torch.Generator().manual_seed(1)).numpy()
         content = fineweb.shard_header(len(tokens)) + tokens.astype("uint16").tobytes()
         (folder / f"x_{split}_000000.bin").write_bytes(content)
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(byte) for byte in printable]  # the files' way to write the 256 bytes, in this order
-    letters += [chr(256 + n) for n in range(256 - len(printable))]
+    # the files' way to write the 256 bytes, in this order: those that can be printed, then the others
+    letters = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + n) for n in range(256 - len(letters))]
     merges = list(itertools.product(letters, letters))[:50_000]
     names = letters + [first + second for first, second in merges]
     Path("data/gpt2").mkdir()

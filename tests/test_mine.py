@@ -9,8 +9,8 @@ import torch
 from tools import bench, export, runs, sync, table
 
 SHORT = [
-    "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4", "--warmup_steps=1",
-    "--max_steps=2",
+    "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4",
+    "--warmup_steps=1", "--max_steps=2",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_sync_leaves_it_alone_and_says_so(options, mine, monkeypatch, capsys):
     before = mine.read_bytes()
     call(monkeypatch, sync, *options)
     said = capsys.readouterr().out
-    assert said == "train_mine.py: left as it is, since it is not one of the 7 scripts in tools/sync.py\n"
+    assert said == "train_mine.py: left as it is, since it is not one of the 7 in tools/sync.py\n"
     assert mine.read_bytes() == before
 
 
@@ -104,8 +104,7 @@ def test_a_script_that_has_gone_or_broken_is_one_line(mine, monkeypatch, small_s
         call(monkeypatch, export, "log/mine-tiny", "--out", "hf/mine")
     mine.unlink()
     importlib.invalidate_caches()
-    where = "log/mine-tiny was made by train_mine.py, which is not here: copy log/mine-tiny/train_mine.py to train_mine.py"
-    with pytest.raises(SystemExit, match=where):
+    with pytest.raises(SystemExit, match="not here: copy log/mine-tiny/train_mine.py to train_mine.py"):
         call(monkeypatch, export, "log/mine-tiny", "--out", "hf/mine")
     mine.write_text(text.replace("class Block(nn.Module):", "class Block(nn.Module):\n    scale = 2"))
     importlib.invalidate_caches()

@@ -130,8 +130,8 @@ def check_script(folder, script, script_hash):
         print(f"{folder} holds no copy of {name}.py, so whether its model is today's can't be checked")
         return
     if model_code(copy.read_text(encoding="utf-8")) != model_code(today.read_text(encoding="utf-8")):
-        fineweb.fail(f"{folder} was trained by another model than {name}.py has today: "
-                     f"see diff {copy} {today.name}, and export it beside that version of {today.name}")  # fmt: skip
+        fineweb.fail(f"{folder} was trained by another model than {name}.py has today: see "
+                     f"diff {copy} {today.name}, and export it beside that version of {today.name}")  # fmt: skip
 
 
 def hf_tokenizer(name):

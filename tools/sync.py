@@ -164,7 +164,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = fineweb.parse_strictly(parser)
     for path in others():
-        print(f"{path.name}: left as it is, since it is not one of the {len(SCRIPTS)} scripts in tools/sync.py")
+        print(f"{path.name}: left as it is, since it is not one of the {len(SCRIPTS)} in tools/sync.py")
     wrong = 0
     for path in siblings():
         if not differences(path):
