@@ -1,24 +1,26 @@
 """
-FineWeb as token shards: the writer (run this file) and the loader (the training scripts import it).
+FineWeb as token shards: the writer (run this file) and the loader (the
+training scripts import it).
 
-    python fineweb.py                          # FineWeb sample-10BT, tokenised here -> data/fineweb10B
-    python fineweb.py --shards 10              # a small start; run again with more to continue
-    python fineweb.py --pretokenized           # the same tokens, ready-made: minutes instead of hours
-    python fineweb.py --dataset fineweb-edu    # the educational subset
-    python fineweb.py --files a.jsonl b.txt c.parquet --out data/mine      # your own text
-    python fineweb.py --sample                 # 5 MB of English that every machine has, no network
-    python fineweb.py --verify --out DIR       # check every shard against the manifest
+    python fineweb.py                        # FineWeb sample-10BT
+    python fineweb.py --shards 10            # a small start; more to continue
+    python fineweb.py --pretokenized         # the same tokens, ready-made
+    python fineweb.py --dataset fineweb-edu  # the educational subset
+    python fineweb.py --sample               # 5 MB of English, no network
+    python fineweb.py --verify --out DIR     # check every shard
+    python fineweb.py --files a.jsonl b.txt c.parquet --out data/mine
 
-Every command can be killed at any time and run again: it goes on after the last finished shard, and
-the bytes come out the same.
+Every command can be killed at any time and run again: it goes on after the
+last finished shard, and the bytes come out the same. Nothing in the folder
+that this program didn't write is changed or removed.
 
 A shard is a file in the format of llm.c and modded-nanogpt:
 
-    256 int32     header: magic 20240520, version 1, number of tokens, then zeros
+    256 int32     header: magic 20240520, version 1, number of tokens, zeros
     n uint16      the tokens; every document starts with <|endoftext|>
 
-The first shard is for validation. manifest.json beside the shards names the tokenizer, the source and
-each shard's checksum.
+The first shard is for validation. manifest.json beside the shards names the
+tokenizer, the source and each shard's checksum.
 """
 import argparse
 import collections
@@ -1727,10 +1729,11 @@ def warn_if_slow(config, flops_per_token, world, device):
     rate = world * 2 * n**3 / (time.perf_counter() - began)  # FLOP/s
     step = 3 * flops_per_token * config.batch_tokens / rate
     evaluation = flops_per_token * config.val_tokens / rate
-    if step * config.max_steps > 86_400:
-        say(f"on this CPU an evaluation takes about {duration(evaluation)}, a step {duration(step)} and the run "
-            f"{duration(step * config.max_steps)}: --tiny takes minutes, and smaller are --n_layer, --n_embd, "
-            "--batch_tokens, --val_tokens and --max_steps")
+    run = step * config.max_steps
+    if run > 86_400:
+        say(f"on this CPU an evaluation takes about {duration(evaluation)}, a step {duration(step)} and "
+            f"the run {duration(run)}: --tiny takes minutes, and smaller values of --n_layer, --n_embd, "
+            "--batch_tokens, --val_tokens and --max_steps make it shorter")
 
 
 def short(number):

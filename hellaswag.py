@@ -1,26 +1,33 @@
 """
-HellaSwag: which of four endings does a language model find the most likely? (Zellers et al., 2019.)
+HellaSwag: which of four endings does a language model find the most likely?
+(Zellers et al., 2019.)
 
-    python hellaswag.py --hf gpt2                      # score a Hugging Face model: calibrates this scorer
-    python hellaswag.py --hf gpt2 --file my.jsonl      # items from a file of yours
+    python hellaswag.py --hf gpt2                  # score a Hugging Face model
+    python hellaswag.py --hf gpt2 --file my.jsonl  # items from a file of yours
 
-The training scripts import it. Two conventions are in use and differ by points, so both are here:
+The training scripts import it. Two conventions are in use and differ by
+points, so both are here:
 
-    nanogpt   build-nanogpt and llm.c: the raw ctx; acc by the summed loss of an ending, acc_norm by
-              its mean loss per token. OpenAI's GPT-2 124M scores 28.59 / 29.55.
-    harness   lm-evaluation-harness: activity label, ctx_a and capitalised ctx_b, brackets cleaned up;
-              acc by the summed loss, acc_norm by the loss per character. The same model scores
-              28.92 / 31.14.
+    nanogpt   build-nanogpt and llm.c: the raw ctx; acc by the summed loss of
+              an ending, acc_norm by its mean loss per token. OpenAI's GPT-2
+              124M scores 28.59 / 29.55.
+    harness   lm-evaluation-harness: activity label, ctx_a and capitalised
+              ctx_b, brackets cleaned up; acc by the summed loss, acc_norm by
+              the loss per character. The same model scores 28.92 / 31.14.
 
-Chance is 25; the standard error at 30% of 10,042 items is 0.46 points, so always quote both. The
-offline dataset has a task in the same format, its cloze (fineweb.cloze_items), which is not HellaSwag.
+Chance is 25; the standard error at 30% of 10,042 items is 0.46 points, so
+always quote both. The offline dataset has a task in the same format, its cloze
+(fineweb.cloze_items), which is not HellaSwag.
 """
 import argparse
+import hashlib
 import json
 import os
 import re
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,6 +36,7 @@ import torch.nn.functional as F
 from fineweb import fail, parse_strictly, retrying, say, with_estimate, write_atomic
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 N_ITEMS = 10_042
 DEFAULT_FILE = "data/hellaswag/hellaswag_val.jsonl"
 CONVENTIONS = ("nanogpt", "harness")
@@ -39,6 +47,20 @@ ITEMS_PER_BATCH = 16  # 64 rows; fixed, so that every machine computes the same 
 # Items
 
 
+Text = Annotated[str, msgspec.Meta(pattern=r"\S")]  # not blank
+
+
+class Item(msgspec.Struct):
+    """An item as it must be in the file, which may say more about it."""
+
+    label: Annotated[int, msgspec.Meta(ge=0, le=3)]
+    activity_label: str
+    ctx_a: str
+    ctx_b: str
+    ctx: Text
+    endings: Annotated[list[Text], msgspec.Meta(min_length=4, max_length=4)]
+
+
 def load(path, n_items=None):
     """The items of a .jsonl file: a list of dicts.
 
@@ -47,31 +69,22 @@ def load(path, n_items=None):
     path = Path(path)
     if not path.exists():
         fail(f"{path} does not exist: give the HellaSwag validation set's .jsonl file")
+    again = "correct it, or remove the file to have it downloaded again"
+    try:
+        lines = path.read_bytes().splitlines()  # of bytes, which know no other line breaks than \n and \r
+    except OSError as error:
+        fail(f"{path} can't be read ({error.strerror}): give the HellaSwag validation set's .jsonl file")
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
-            items.append(parse_item(line))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            fail(f"{path}, line {number} is not a HellaSwag item: "
-                 "remove the file to have it downloaded again")
+            item = msgspec.json.decode(line, type=Item, strict=False)  # "label": "3" will do
+        except (ValueError, RecursionError) as error:
+            fail(f"{path}, line {number} is not a HellaSwag item ({error}): {again}")
+        items.append(msgspec.structs.asdict(item))
     if not items or n_items not in (None, len(items)):
         fail(f"{path} has {len(items):,} items, not {n_items or 'any'}: "
              "remove it to have it downloaded again")
     return items
-
-
-def parse_item(line):
-    """An item as a dict; a ValueError, KeyError, TypeError or AttributeError if it is malformed."""
-    item = json.loads(line)
-    item["label"] = int(item["label"])
-    if len(item["endings"]) != 4 or not 0 <= item["label"] < 4:
-        raise ValueError
-    if not {"ctx_a", "ctx_b", "activity_label"} <= item.keys():
-        raise ValueError
-    for text in (item["ctx"], *item["endings"]):
-        if not text.strip():
-            raise ValueError
-    return item
 
 
 def download(path):
@@ -84,11 +97,28 @@ def download(path):
         n_lines = response.content.count(b"\n")
         if n_lines < N_ITEMS - 1:
             raise OSError(f"only {n_lines:,} of {N_ITEMS:,} lines arrived")
+        if hashlib.sha256(response.content).hexdigest() != SHA256:
+            raise OSError("it arrived damaged: its checksum is another")
         return response.content
 
     content = retrying("the HellaSwag validation set", get, pauses=(1, 2, 4))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{path} can't be written ({error.strerror})")
     write_atomic(path, lambda f: f.write(content))
+
+
+def load_published(path):
+    """The items of the file that download() made, or that a user has put there.
+
+    A warning says if they are not the published ones, to whose scores a user may compare.
+    """
+    items = load(path, N_ITEMS)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        say(f"warning: {path} is not the published file, so published scores may not be compared; "
+            "remove it to have that downloaded")
+    return items
 
 
 def prompt_and_endings(item, convention):
@@ -309,7 +339,7 @@ def hellaswag_items(path):
         except SystemExit as error:  # training goes on without
             say(f"HellaSwag will not be scored: {error}; or give the file with --hellaswag")
             return None
-    return load(path, N_ITEMS if path == Path(DEFAULT_FILE) else None)
+    return load_published(path) if path == Path(DEFAULT_FILE) else load(path)
 
 
 # ==========================================================================
@@ -322,20 +352,27 @@ def main():
     add = parser.add_argument
     add("--hf", required=True, help="name or folder of a Hugging Face causal language model")
     add("--file", default=DEFAULT_FILE, help=f"items [{DEFAULT_FILE}, downloaded]")
-    add("--convention", default="both", choices=(*CONVENTIONS, "both"), help="[both]")
+    add("--convention", default="both", choices=(*CONVENTIONS, "both"),
+        help="how prompts are worded and scores made [both]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     add("--limit", type=int, help="score only this many items, the first ones [all]")
     args = parse_strictly(parser)
+    if args.limit is not None and args.limit < 1:
+        fail(f"--limit {args.limit}: must be at least 1")
     path = Path(args.file)
-    n_items = None
-    if path == Path(DEFAULT_FILE):
-        n_items = N_ITEMS
+    if path != Path(DEFAULT_FILE):
+        items = load(path)
+    else:
         if not path.exists():
             download(path)
-    items = load(path, n_items)[: args.limit]
+        items = load_published(path)
+    items = items[: args.limit]
     labels = np.array([item["label"] for item in items])
     model, tokenizer = load_hugging_face(args.hf)
-    model.to(args.device).eval()
+    try:
+        model.to(args.device).eval()
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} can't be used: {str(error).splitlines()[0]}")
 
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)
@@ -363,8 +400,9 @@ def load_hugging_face(name):
     try:
         model = AutoModelForCausalLM.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        fail(f"{name} can't be loaded: {str(error).splitlines()[0]}")
+    except Exception as error:  # a damaged folder can raise anything
+        reason = str(error).strip() or type(error).__name__
+        fail(f"{name} can't be loaded: {reason.splitlines()[0]}")
     return model, tokenizer
 
 

@@ -361,6 +361,372 @@ def test_an_old_sample_gets_the_new_cloze(sample, tmp_path, capsys):
         assert (folder / "cloze.jsonl").read_text() == new
 
 
+# ---- nothing lost
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(number, before, action):
+    """Runs action(), but kills it at its write number such and such, just before or after; whether it came so far."""
+    count = 0
+    replace = os.replace
+
+    def counting(source, target):
+        nonlocal count
+        count += 1
+        if count == number and before:
+            raise Killed
+        replace(source, target)
+        if count == number:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", counting)
+        try:
+            action()
+        except Killed:
+            return True
+    return False
+
+
+def survives_a_kill_at_every_write(tmp_path, action):
+    """action(folder) is killed at each of its writes in turn and run again: (writes, the bytes each time)."""
+    action(tmp_path / "whole")
+    whole = bytes_of(tmp_path / "whole")
+    number = 1
+    while True:
+        for before in (True, False):
+            folder = tmp_path / f"killed-{number}-{before}"
+            folder.mkdir()
+            (folder / "notes.tmp").write_text("mine")
+            was_killed = killed_at(number, before, lambda folder=folder: action(folder))
+            if not was_killed:
+                return number - 1
+            action(folder)
+            assert bytes_of(folder) == whole | {"notes.tmp": b"mine"}, (number, before)
+            fineweb.verify(folder)
+        number += 1
+
+
+@pytest.mark.parametrize("shard_tokens", [5000, "whole"])
+def test_files_survive_a_kill_at_every_write(tmp_path, shard_tokens):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(20))
+    n_tokens = len(straight(documents(20)))
+    if shard_tokens == "whole":  # the text ends with its last shard
+        shard_tokens = n_tokens - max(1024, path.stat().st_size // 40)
+    writes = survives_a_kill_at_every_write(tmp_path, lambda out: in_process(out, [path], shard_tokens))
+    assert writes >= 5
+
+
+def test_the_sample_survives_a_kill_at_every_write(tmp_path, monkeypatch):
+    texts = documents(20) + [letter * 150_000 for letter in "abcd"]
+    monkeypatch.setattr(fineweb, "sample_documents", lambda: texts)
+    assert survives_a_kill_at_every_write(tmp_path, fineweb.write_sample) == 7
+
+
+def test_a_folder_of_an_older_version_killed_before_complete_goes_on(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(20))
+    out = tmp_path / "out"
+    in_process(out, [path])
+    whole = bytes_of(out)
+    manifest = fineweb.read_manifest(out)
+    fineweb.write_manifest(out, manifest | {"complete": False})
+    in_process(out, [path])
+    assert bytes_of(out) == whole
+
+
+THEIRS = {"notes.txt": "mine", "results.tmp": "mine", "raw/a.parquet": "mine", ".cache/huggingface/x": "mine"}
+
+
+def put_theirs(folder, **more):
+    for name, content in (THEIRS | more).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def check_theirs(folder, **more):
+    for name, content in (THEIRS | more).items():
+        assert (folder / name).read_text() == content
+
+
+@pytest.fixture
+def little_sample(monkeypatch):
+    texts = documents(20) + [letter * 150_000 for letter in "abcd"]
+    monkeypatch.setattr(fineweb, "sample_documents", lambda: texts)
+
+
+def test_the_sample_leaves_what_is_not_its_own(tmp_path, capsys, little_sample):
+    out = tmp_path / "sample"
+    put_theirs(out)
+    fineweb.write_sample(out)
+    check_theirs(out)
+    whole = (out / "fineweb_train_000001.bin").read_bytes()
+    (out / "fineweb_train_000001.bin").unlink()
+    fineweb.write_sample(out)
+    assert (out / "fineweb_train_000001.bin").read_bytes() == whole
+    (out / "fineweb_train_000001.bin").write_bytes(whole[:-1])
+    (out / "manifest.json.77.tmp").write_text("of a killed one")
+    fineweb.write_sample(out)
+    assert (out / "fineweb_train_000001.bin").read_bytes() == whole
+    assert not (out / "manifest.json.77.tmp").exists()
+    check_theirs(out)
+    capsys.readouterr()
+    fineweb.write_sample(out)
+    assert capsys.readouterr().out == f"{out} already exists\n"
+
+
+@pytest.mark.parametrize("last", [None, 1])
+def test_the_sample_into_a_foreign_dataset_is_one_line(tmp_path, capsys, run, little_sample, last):
+    out = tmp_path / "out"
+    in_process(out, [write_jsonl(tmp_path / "a.jsonl", documents(30))], last=last)
+    put_theirs(out, **{"cloze.jsonl": "mine"})
+    before = bytes_of_all(out)
+    capsys.readouterr()
+    status, said = run(fineweb, "--sample", "--out", "out")
+    assert status == 1 and said.count("\n") == 1, said
+    assert "out holds another dataset, files: choose another folder for the offline one" in said
+    assert bytes_of_all(out) == before
+
+
+def test_a_foreign_cloze_is_not_overwritten(tmp_path, run, little_sample):
+    out = tmp_path / "out"
+    put_theirs(out, **{"cloze.jsonl": "mine"})
+    before = bytes_of_all(out)
+    status, said = run(fineweb, "--sample", "--out", "out")
+    assert status == 1 and "cloze.jsonl is in the way" in said and said.count("\n") == 1, said
+    assert bytes_of_all(out) == before
+
+
+def bytes_of_all(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_writers_in_one_folder(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    holder = """
+import fineweb, pathlib, time
+fineweb.lock_folder(pathlib.Path("out"), "")
+print("locked", flush=True)
+time.sleep(60)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", holder]
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "locked\n"
+        options = ["--files", path, "--tokenizer", "bytes", "--workers", 0, "--out", "out"]
+        status, said = write(tmp_path, *options)
+        assert status == 1 and said.count("\n") == 1, said
+        assert f"out is in use by process {first.pid} on " in said and "choose another --out" in said
+        assert not list((tmp_path / "out").glob("*.bin"))
+    finally:
+        first.kill()
+        first.wait()
+    status, said = write(tmp_path, *options)
+    assert status == 0, said
+
+
+def test_the_second_to_find_no_sample_waits_for_the_first(tmp_path):
+    # each adds a line when it begins to write
+    program = """
+import fineweb, pathlib, time
+def documents():
+    with open("written", "a") as f:
+        f.write("once\\n")
+    time.sleep(0.5)
+    return ["of the " * 50] + [letter * 150_000 for letter in "abcd"]
+fineweb.sample_documents = documents
+fineweb.write_sample(pathlib.Path("sample"))
+fineweb.verify(pathlib.Path("sample"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    all = [subprocess.Popen(command, cwd=tmp_path, env=environment, **quiet) for _ in range(3)]
+    for process in all:
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+    assert (tmp_path / "written").read_text() == "once\n"
+
+
+def children(pid):
+    """The ids of a process' children, by /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if fields[1] == str(pid) and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_end_when_the_main_process_is_killed(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(3000) * 10)
+    options = ["--files", path, "--tokenizer", "bytes", "--shard_tokens", "20000", "--workers", "2"]
+    command = [sys.executable, ROOT / "fineweb.py", *options, "--out", "out"]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=tmp_path, **silent)
+    while not list(tmp_path.glob("out/*.bin")) and process.poll() is None:
+        time.sleep(0.01)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in workers)
+
+
+def test_a_truncated_shard_is_written_again(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    out = tmp_path / "out"
+    in_process(out, [path])
+    whole = bytes_of(out)
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000002.bin", max(whole.keys() - {"manifest.json"})):
+        (out / name).write_bytes(whole[name][:-100])
+    in_process(out, [path])
+    assert f"{out / 'fineweb_train_000002.bin'} is damaged: writing it again" in capsys.readouterr().out
+    assert bytes_of(out) == whole
+
+
+def test_a_source_that_became_shorter_is_one_line(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    out = tmp_path / "out"
+    in_process(out, [path])
+    size = path.stat().st_size
+    path.write_text(json.dumps({"text": "short"}) + " " * size)
+    os.truncate(path, size)
+    last = sorted(out.glob("*_train_*.bin"))[-1]
+    last.unlink()
+    with pytest.raises(SystemExit, match="came out different from what"):
+        in_process(out, [path])
+    assert not last.exists()
+
+
+@pytest.mark.parametrize("name, content", [("a.jsonl", b""), ("a.txt", b"")])
+def test_no_text_is_one_line_and_can_be_mended(run, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    options = ["--files", name, "--tokenizer", "bytes", "--workers", 0, "--out", "out"]
+    status, said = run(fineweb, *options)
+    assert status == 1 and said.splitlines()[-1].startswith("there is no text in the source"), said
+    write_jsonl(tmp_path / "a.jsonl", documents(10))
+    (tmp_path / "a.txt").write_text(text(2000, 0))
+    status, said = run(fineweb, *options)
+    assert status == 0, said
+
+
+def test_text_for_a_validation_shard_only_is_not_a_success(run, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["short"])
+    options = ["--files", "a.jsonl", "--tokenizer", "bytes", "--workers", 0, "--out", "out"]
+    status, said = run(fineweb, *options)
+    assert status == 1 and "out has no training shard" in said.splitlines()[-1], said
+
+
+def test_run_again_needs_room_only_for_what_is_missing(tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    out = tmp_path / "out"
+    in_process(out, [path], last=2)
+    manifest = fineweb.read_manifest(out)
+    n_bytes = 2 * (path.stat().st_size + 1)
+    done = sum(2 * shard["tokens"] for shard in manifest["shards"])
+    assert fineweb.missing_bytes(out, manifest, n_bytes) == n_bytes - done > 0
+    free = [n_bytes - done - 1]
+    full = shutil._ntuple_diskusage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full(10**9, 10**9, free[0]))
+    with pytest.raises(SystemExit, match="make room"):
+        in_process(out, [path])
+    free[0] += 1
+    in_process(out, [path])
+    free[0] = 0
+    in_process(out, [path])  # everything is there
+    (out / "fineweb_train_000002.bin").unlink()
+    with pytest.raises(SystemExit, match="make room"):
+        in_process(out, [path])
+    free[0] = 10_000
+    in_process(out, [path])
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--files", "a.txt", "--sample"], "--files and --sample don't go together"),
+    (["--files", "a.txt", "--pretokenized"], "--files and --pretokenized don't go together"),
+    (["--files", "a.txt", "--dataset", "fineweb"], "--files and --dataset don't go together"),
+    (["--sample", "--pretokenized"], "--sample and --pretokenized don't go together"),
+    (["--sample", "--shards", "3"], "--sample and --shards don't go together"),
+    (["--pretokenized", "--shard_tokens", "5000"], "--pretokenized and --shard_tokens don't go together"),
+    (["--files", "."], ". is not a file"),
+    (["--files", "a.txt", "--out", "a.txt"], "a.txt is a file: choose another --out"),
+    (["--files", "a.txt", "--out", "a.txt/b"], "can't be written (Not a directory)"),
+    (["--files", "a.txt", "--out", "a" * 300], "File name too long"),
+    (["--verify", "--out", "a.txt"], "a.txt is a file: choose another --out"),
+    (["--sample", "--out", "a.txt"], "a.txt is a file: choose another --out"),
+    (["--files", "a.txt", "--shards", "-1"], "--shards -1: must be at least 1"),
+])  # fmt: skip
+def test_options_that_cannot_be_are_one_line(run, tmp_path, options, message):
+    (tmp_path / "a.txt").write_text("some text")
+    if not {"--sample", "--pretokenized"} & set(options):
+        options = [*options, "--tokenizer", "bytes", "--workers", "0"]
+    status, said = run(fineweb, *options)
+    assert status == 1 and message in said and said.count("\n") == 1, said
+    assert (tmp_path / "a.txt").read_text() == "some text"
+
+
+def test_help_fits_80_columns_and_shows_choices(monkeypatch, run):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, said = run(fineweb, "--help")
+    assert max(map(len, said.splitlines())) <= 79
+    assert "{fineweb,fineweb-edu}" in said and "{gpt2,bytes}" in said
+
+
+def test_the_bar_ends_at_100_percent(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    parquet = tmp_path / "b.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents(300)}), parquet, row_group_size=20)
+    (tmp_path / "c.txt").write_text("\n".join(documents(300)))
+    paths = [write_jsonl(tmp_path / "a.jsonl", documents(300)), parquet, tmp_path / "c.txt"]
+    totals = []
+    progress_bar = fineweb.progress_bar
+
+    def watched(*args):
+        bar = progress_bar(*args)
+        update = bar.update
+
+        def watched_update(n):
+            totals.append((bar.n, bar.total))
+            return update(n)
+
+        bar.update = watched_update
+        return bar
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb, "progress_bar", watched)
+        in_process(tmp_path / "out", paths, 10_000)
+    n_tokens = len(tokens_of(tmp_path / "out"))
+    for n, total in totals:
+        assert n < total
+        if n > n_tokens / 10:
+            assert abs(total / n_tokens - 1) < 0.35
+    assert "100%|" in capsys.readouterr().err.splitlines()[-1]
+    in_process(tmp_path / "part", paths, 10_000, last=3)
+    assert "100%|" in capsys.readouterr().err.splitlines()[-1]
+    in_process(tmp_path / "part", paths, 10_000)
+    assert "100%|" in capsys.readouterr().err.splitlines()[-1]
+
+
 # ---- loader
 
 

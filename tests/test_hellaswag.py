@@ -1,5 +1,6 @@
 """The four-way scorer."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,6 +233,14 @@ def test_skipping_the_head_changes_no_loss(model):
     ({"label": 4}, "line 2 is not a HellaSwag item"),
     ({"label": "?"}, "line 2 is not a HellaSwag item"),
     ({"ctx": " "}, "line 2 is not a HellaSwag item"),
+    ({"label": 1.7}, "line 2 is not a HellaSwag item .Expected `int`, got `float`"),
+    ({"label": True}, "line 2 is not a HellaSwag item .Expected `int`, got `bool`"),
+    ({"label": float("inf")}, "line 2 is not a HellaSwag item"),
+    ({"label": None}, "line 2 is not a HellaSwag item"),
+    ({"ctx_b": None}, "line 2 is not a HellaSwag item .Expected `str`, got `null` - at `\\$.ctx_b`"),
+    ({"endings": "abcd"}, "line 2 is not a HellaSwag item"),
+    ({"endings": ["a", "b", "c", 4]}, "line 2 is not a HellaSwag item"),
+    ({"activity_label": "\ud800"}, "line 2 is not a HellaSwag item"),
 ])  # fmt: skip
 def test_malformed_items_are_one_line(tmp_path, change, message):
     items = random_items(2)
@@ -241,6 +250,66 @@ def test_malformed_items_are_one_line(tmp_path, change, message):
         hellaswag.load(path)
     with pytest.raises(SystemExit, match="does not exist"):
         hellaswag.load(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\xff\xfe", "items.jsonl, line 1 is not a HellaSwag item"),
+    (b"null\n", "items.jsonl, line 1 is not a HellaSwag item"),
+    (b"[" * 100_000, "items.jsonl, line 1 is not a HellaSwag item"),
+    (b'{"endings": ' + b"[" * 100_000, "items.jsonl, line 1 is not a HellaSwag item"),
+    (b"", "items.jsonl has 0 items"),
+])  # fmt: skip
+def test_damaged_files_are_one_line(tmp_path, content, message):
+    path = tmp_path / "items.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        hellaswag.load(path)
+    with pytest.raises(SystemExit, match="can't be read"):
+        hellaswag.load(tmp_path)
+
+
+def test_text_may_hold_any_line_break_and_a_label_may_be_a_string(tmp_path):
+    odd = item("one\u2028two\x85three\x0b", ["a\u2029", "b", "c", "d"], "3")
+    path = tmp_path / "items.jsonl"
+    path.write_text((json.dumps(odd, ensure_ascii=False) + "\r\n") * 2, encoding="utf-8")
+    first, second = hellaswag.load(path)
+    assert first == second == {**odd, "label": 3}
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--limit", "0"], "--limit 0: must be at least 1"),
+    (["--limit", "-3"], "--limit -3: must be at least 1"),
+    (["--file", "."], ". can't be read (Is a directory)"),
+    (["--file", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+    (["--hf", "items.jsonl"], "items.jsonl can't be loaded"),
+    (["--hf", "empty"], "empty can't be loaded"),
+    (["--convention", "other"], "argument --convention: invalid choice: 'other'"),
+])  # fmt: skip
+def test_bad_options_are_one_line(run, tmp_path, options, message):
+    write_items(tmp_path / "items.jsonl", random_items(3))
+    (tmp_path / "empty").mkdir()
+    defaults = ["--hf", "empty", "--file", "items.jsonl"]
+    status, said = run(hellaswag, *defaults, *options)
+    assert status == 1 and message in said and said.count("\n") == 1, said
+
+
+def test_another_file_in_the_published_ones_place_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / hellaswag.DEFAULT_FILE
+    path.parent.mkdir(parents=True)
+    write_items(path, random_items(3))
+    monkeypatch.setattr(hellaswag, "N_ITEMS", 3)
+    assert len(hellaswag.hellaswag_items(Path(hellaswag.DEFAULT_FILE))) == 3
+    assert "is not the published file" in capsys.readouterr().out
+    monkeypatch.setattr(hellaswag, "SHA256", fineweb.sha256(path))
+    assert len(hellaswag.hellaswag_items(Path(hellaswag.DEFAULT_FILE))) == 3
+    assert capsys.readouterr().out == ""
+
+
+def test_help_fits_80_columns(monkeypatch, run):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, said = run(hellaswag, "--help")
+    assert max(map(len, said.splitlines())) <= 79 and "{nanogpt,harness,both}" in said
 
 
 def test_too_few_items_are_one_line(tmp_path):

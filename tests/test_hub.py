@@ -1,4 +1,5 @@
 """The download paths, against a loopback server that speaks the hub's protocol."""
+import hashlib
 import io
 import json
 import subprocess
@@ -123,7 +124,13 @@ def test_hellaswag_download_is_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "data/hellaswag/hellaswag_val.jsonl"
     monkeypatch.setenv("RETRY_SECONDS", "0.01")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with HubServer({}, {"val.jsonl": content, "half.jsonl": half}) as server:
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(content).hexdigest())
+    other = content.replace(b'"b c"', b'"b d"')
+    with HubServer({}, {"val.jsonl": content, "half.jsonl": half, "other.jsonl": other}) as server:
+        monkeypatch.setenv("HELLASWAG_URL", server.url + "/plain/other.jsonl")
+        with pytest.raises(SystemExit, match="it arrived damaged: its checksum is another"):
+            hellaswag.download(path)
+        assert not path.exists()
         monkeypatch.setenv("HELLASWAG_URL", server.url + "/plain/half.jsonl")
         with pytest.raises(SystemExit, match="only 5,021 of 10,042 lines arrived"):
             hellaswag.download(path)
