@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import fineweb
-from tools import compare, runs as reading, verdicts
+from tools import compare, runs as reading, sync, table, verdicts
 from tools.models import count_parameters
 
 SCRIPT = importlib.import_module("train_gpt2")
@@ -265,12 +266,12 @@ def test_seeds_are_pooled(tmp_path, run_tool):
     half = f"{4.30265 * 0.1 / math.sqrt(3):.4f}"
     assert status == 0 and f"3.1000 ± {half}" in said and f"2.1000 ± {half}" in said
     assert said.count("± is half of a 95% interval's width everywhere") == 1
-    table = rows(said)
-    loss, how, p, verdict, accuracy, accuracy_p = table["gpt2, n_layer 2 – gpt2, n_layer 1"]
+    made = rows(said)
+    loss, how, p, verdict, accuracy, accuracy_p = made["gpt2, n_layer 2 – gpt2, n_layer 1"]
     assert (loss, how, verdict) == (f"-1.0000 ± {half}", "paired, 3 seeds", "lower loss")
     assert float(p) == pytest.approx(0.0033, abs=1e-4)
-    assert table["1"][-1] == table["2"][-1] == "3"  # seeds
-    assert "3" not in table
+    assert made["1"][-1] == made["2"][-1] == "3"  # seeds
+    assert "3" not in made
     # forty items were right in one seed of b and in none of a: that is one seed of three
     assert accuracy.startswith("+3.33 ± ") and float(accuracy_p) > 0.3
     expected = f"Of two, gpt2, n_layer 2 has the lowest validation loss, 2.1000 ± {half} "
@@ -740,3 +741,41 @@ def test_a_fresh_run_is_inside_the_band_at_all_steps(n, steps):
     assert inside < studies  # a band that all are inside of would say nothing
     if n == 8:
         assert worse_inside == 0
+
+
+# ---- the README's tables
+
+
+def test_a_script_of_ones_own_is_not_in_the_readmes_table_and_that_is_said(tmp_path, monkeypatch, capsys):
+    for path in (ROOT / "train_gpt2.py", ROOT / "train_deepseek.py"):
+        shutil.copy(path, tmp_path / path.name)
+    shutil.copy(ROOT / "train_gpt2.py", tmp_path / "train_mine.py")
+    monkeypatch.setattr(sync, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "siblings", lambda: [tmp_path / "train_deepseek.py"])
+    monkeypatch.setattr(table, "DIFFERENCE", {"gpt2": "The reference"})
+    made = rows(table.architectures())
+    assert "train_mine.py: not in the README's table, which has the 7 of" in capsys.readouterr().err
+    assert "train_mine" not in str(made)
+    gpt2 = made["[`train_gpt2.py`](train_gpt2.py)"]
+    deepseek = made["[`train_deepseek.py`](train_deepseek.py)"]
+    assert gpt2[:4] == ["124,475,904", "124.5 M", "124.5 M", "39.4 M"] and gpt2[-1] == "The reference"
+    assert deepseek[:4] == ["124,317,312", "116.1 M", "71.2 M", "32.2 M"]
+    first_line = importlib.import_module("train_deepseek").__doc__.strip().splitlines()[0]
+    assert deepseek[-1] == first_line  # for lack of words on it
+
+
+def test_the_demonstrations_table():
+    made = rows(table.demonstration())
+    (deepseek,) = [row for row in made.values() if row[0] == "deepseek"]
+    (rwkv, *_) = [row for row in made.values() if row[0].startswith("rwkv")]
+    assert deepseek[2:] == ["927,072", "703,104", "558,432", "32,896"]
+    assert "(its paper's " in rwkv[0] and "beta2 0.99" in rwkv[0]
+
+
+@pytest.mark.parametrize("program", [compare, table])
+def test_help_fits_a_terminal(program, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", [program.__name__, "--help"])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80

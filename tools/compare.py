@@ -269,20 +269,30 @@ def leaderboard(pools, keys):
     return table(head, rows, ["--:", "---"] + ["--:"] * (len(head) - 2))
 
 
-def leaderboard_row(pool, keys):
+def name_cell(pool):
+    """A pool's name with what its paper prescribes, and how far it has come."""
     run = pool.first
-    tokens = run.steps * run.config["batch_tokens"]
-    flops = 3 * run.facts["flops_per_token"] * tokens  # forward, and backward of twice the work
-
     name = pool.name
     own = ", ".join(f"{field} {value:g}" for field, (value, _) in by_paper(run).items())
     if own:
         name += f" (its paper's {own})"
     if not pool.finished:
         name += f" (unfinished: step {run.steps} of {run.config['max_steps']})"
+    return name
+
+
+def loss_cell(pool):
     loss = f"{pool.loss():.4f}"
     if len(pool.runs) > 1:
         loss += f" ± {verdicts.half_interval(pool.losses()):.4f}"
+    return loss
+
+
+def leaderboard_row(pool, keys):
+    """A pool's cells, without its rank."""
+    run = pool.first
+    tokens = run.steps * run.config["batch_tokens"]
+    flops = 3 * run.facts["flops_per_token"] * tokens  # forward, and backward of twice the work
     accuracies = []
     for key in keys:
         accuracy = pool.accuracy(key)
@@ -298,8 +308,8 @@ def leaderboard_row(pool, keys):
     if times:
         speed = f"{run.config['batch_tokens'] / statistics.median(times) * 1000:,.0f}"
     return [
-        name,
-        loss,
+        name_cell(pool),
+        loss_cell(pool),
         *accuracies,
         *parameter_cells(run),
         f"{flops:.2e}",

@@ -1,12 +1,16 @@
 """
-The README's tables, made from the scripts themselves and from the evidence in results/.
+The README's tables, made from the scripts and from the evidence in results/.
 
     python -m tools.table                   # print them
-    python -m tools.table architectures     # one of them: architectures, speed, demonstration or data
-    python -m tools.table --write           # put them into README.md, between their marks
+    python -m tools.table architectures     # one of them: architectures, speed,
+                                            # demonstration or data
+    python -m tools.table --write           # put them into README.md, between
+                                            # their marks
 
-speed and data are made from results/bench-cpu/*.json, which tools.bench and tools.bench_data wrote, and
-demonstration by tools.compare from the runs in results/demo. The lines unlike train_gpt2.py are those that diff marks with < or >.
+speed and data are made from results/bench-cpu/*.json, which tools.bench and
+tools.bench_data wrote, and demonstration by tools.compare from the runs in
+results/demo. The lines unlike train_gpt2.py are those that diff marks with <
+or >. A script of your own gets no row; a line says so.
 """
 import argparse
 import importlib
@@ -14,10 +18,11 @@ import json
 import shutil
 import statistics
 import subprocess
+import sys
 
 import fineweb
-from tools import bench, compare, verdicts
-from tools.models import count_parameters, make_model
+from tools import bench, compare, sync
+from tools.models import all_parameters, make_model
 from tools.sync import ORIGINAL, ROOT, siblings
 
 DIFFERENCE = {  # what a reader of the diff to train_gpt2.py will see, in a sentence
@@ -51,25 +56,41 @@ def lines_that_differ(path):
     return sum(line.startswith(("<", ">")) for line in process.stdout.splitlines())
 
 
+def describe(path, script):
+    """What is different in a script: in words from DIFFERENCE, else the first line of its docstring."""
+    name = path.stem.removeprefix("train_")
+    first, *_ = (script.__doc__ or "–").strip().splitlines()
+    return DIFFERENCE.get(name, first)
+
+
+def millions(count):
+    return f"{count / 1e6:.1f} M"
+
+
 def architectures():
     """Each script's size, cost, distance from train_gpt2.py and what it is."""
-    head = ["script", "parameters", "active per token", "FLOPs per token, forward"]
+    for path in sync.others():
+        print(f"{path.name}: not in the README's table, which has the {len(sync.SCRIPTS)} of tools/sync.py",
+              file=sys.stderr)  # fmt: skip
+    head = ["script", "parameters", "evaluated", "active", "embedding", "FLOPs per token, forward"]
     head += ["lines unlike train_gpt2.py", "what is different"]
     rows = []
     for path in [ORIGINAL, *siblings()]:
         script = importlib.import_module(path.stem)
         config = script.Config()
-        total, active = count_parameters(script, config)
+        found = all_parameters(script, config)
         flops = make_model(script, config).flops_per_token()
         rows.append([
             f"[`{path.name}`]({path.name})",
-            f"{total:,}",
-            f"{active:,}",
+            f"{found.trained:,}",
+            millions(found.evaluated),
+            millions(found.active),
+            millions(found.embedding),
             f"{flops / 1e6:.0f} M",
             str(lines_that_differ(path) or "–"),
-            DIFFERENCE[path.stem.removeprefix("train_")],
+            describe(path, script),
         ])  # fmt: skip
-    return compare.table(head, rows, ["---", "--:", "--:", "--:", "--:", "---"])
+    return compare.table(head, rows, ["---"] + ["--:"] * 6 + ["---"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -79,7 +100,8 @@ def architectures():
 def beside(pair):
     """How many times as fast as the peer a script was: the median of steps in turn, with the spread."""
     peer = pair["kinds"][1]
-    ratios = [ours / theirs for ours, theirs in zip(pair["rates"]["ours"], pair["rates"][peer])]
+    rates = pair["rates"]["ours"], pair["rates"][peer]
+    ratios = [ours / theirs for ours, theirs in zip(*rates, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
@@ -130,12 +152,10 @@ def demonstration():
                      "see `python -m tools.compare results/demo/*`")  # fmt: skip
     rows = []
     for rank, pool in enumerate(sorted(pools, key=lambda pool: pool.loss()), start=1):
-        total = pool.first.facts["parameters"]
-        active = compare.active_parameters(pool.first)
-        loss = f"{pool.loss():.4f} ± {verdicts.half_interval(pool.losses()):.4f}"
-        rows.append([str(rank), pool.name, f"{total:,}", f"{active:,}", loss])
-    head = ["", "architecture", "parameters", "active per token", "validation loss"]
-    return compare.table(head, rows, ["--:", "---"] + ["--:"] * 3)
+        counts = compare.parameter_cells(pool.first)[:4]
+        rows.append([str(rank), compare.name_cell(pool), compare.loss_cell(pool), *counts])
+    head = ["", "architecture", "validation loss", "parameters", "evaluated", "active", "embedding"]
+    return compare.table(head, rows, ["--:", "---"] + ["--:"] * 5)
 
 
 # ----------------------------------------------------------------------------------------------------------
