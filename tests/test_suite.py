@@ -1,4 +1,6 @@
 """The suite for a GPU, rehearsed at tiny shapes on a CPU; and tests that need a GPU."""
+import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -112,19 +114,46 @@ def job(name, stage, path):
     return dict(name=name, stage=stage, path=str(path), tiny=True, threads=0, limit=60, peak_flops=1e12)
 
 
-@pytest.mark.parametrize("name", ["gemma", "mta", "deepseek"])
-def test_a_curve(name, tmp_path, monkeypatch):
+@pytest.fixture
+def curve(tmp_path, monkeypatch):
+    """curve(name, **fields) -> the figures of a curve with these fields of Config changed."""
     monkeypatch.setattr(suite, "end_with_parent", lambda: None)
-    path = tmp_path / "out.json"
-    suite.work(job(name, "curve", path))
-    figures = suite.read(path)["curve"]
+
+    def curve(name, **fields):
+        script = importlib.import_module(f"train_{name}")
+        config = dataclasses.replace(suite.small_config(name, script, tiny=True), **fields)
+        monkeypatch.setattr(suite, "small_config", lambda name, script, tiny: config)
+        path = tmp_path / "out.json"
+        suite.work(job(name, "curve", path))
+        return suite.read(path)["curve"]
+
+    return curve
+
+
+@pytest.mark.parametrize("name", ["deepseek", "rwkv"])
+def test_a_curve_in_bf16_is_that_in_fp32(name, curve):
+    figures = curve(name, dtype="bfloat16")
     assert figures["verdict"] == "equal" and figures["status"] == "done"
-    assert len(figures["reference"]) == suite.STEPS
+    assert len(figures["reference"]) == len(figures["uncompiled"]) == suite.STEPS
+    assert 0 < figures["uncompiled_off_by"] < suite.TOLERANCE
+    assert 0 < figures["uncompiled_gradients_off_by"] < suite.GRADIENT_TOLERANCE
+
+
+def test_a_wrong_mask_is_found(curve, monkeypatch):
+    def wrongly(model, dynamic):
+        model.config.window = model.config.block_size
+        return model
+
+    monkeypatch.setattr(torch, "compile", wrongly)
+    monkeypatch.setattr(bench, "uses_compile", lambda config, device: config.compile != "off")
+    figures = curve("mistral", window=16)
+    assert "differs from step" in figures["verdict"] or "gradients of" in figures["verdict"]
+    assert figures["uncompiled_gradients_off_by"] == 0 and figures["compiled_gradients_off_by"] > 0.12
 
 
 @pytest.mark.parametrize("name", bench.names())
 def test_the_small_models_have_all_that_the_large_ones_have(name):
-    script = __import__(f"train_{name}")
+    script = importlib.import_module(f"train_{name}")
     small = models.make_model(script, suite.small_config(name, script, tiny=False))
     large = models.make_model(script, script.Config())
     assert small.config.n_embd == large.config.n_embd
