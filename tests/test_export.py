@@ -244,11 +244,15 @@ def test_the_card_says_what_is_not_known(tmp_path, monkeypatch):
     assert "losses and scores are unknown: line 1 of its log.jsonl is not an event of a run." in card()
     write_log(tmp_path / "run", script, {"event": "val", "step": 3, "loss": 3.3})
     assert "Step 7 was not evaluated." in card()
-    data = {"dataset": "HuggingFaceFW/fineweb-edu sample/10BT", "tokenizer": "bytes", "vocab_size": 257}
+    data = {"dataset": "HuggingFaceFW/fineweb-edu sample/10BT", "tokenizer": "bytes", "fingerprint": "f"}
     retag(tmp_path / "run", data=data)
     assert "datasets:\n- HuggingFaceFW/fineweb-edu\nlanguage: en\n" in card()
     retag(tmp_path / "run", data=data | {"dataset": "files"})
     assert "language" not in card().split("---")[1]
+    retag(tmp_path / "run", step=0)
+    assert "Not trained yet: its weights are random." in card()
+    retag(tmp_path / "run", data=data | {"dataset": "gpt2", "fingerprint": ""})
+    assert "Not trained yet: its weights were imported from gpt2." in card()
 
 
 @pytest.mark.parametrize("name", ["llama", "mta"])

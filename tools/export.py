@@ -214,8 +214,9 @@ def model_card(name, config, checkpoint, log, no_log, trained, library, how):
         facts["torch"] = start.get("torch", "unknown")
     lines = [f"# {name}, trained with NanoTitan", ""]
     if step == 0:
-        lines += [f"Not trained here: at step 0 its weights are those of {data['dataset']}, if they were "
-                  "imported from there, and else random.", ""]  # fmt: skip
+        imported = data["fingerprint"] == ""  # see import_weights()
+        origin = f"were imported from {data['dataset']}" if imported else "are random"
+        lines += [f"Not trained yet: its weights {origin}.", ""]
     lines += [
         f"A small language model ({trained:,} parameters, trained on {tokens:,} tokens), made to compare "
         "architectures and not for use: nothing has taught it to follow instructions, and what it says is "
@@ -418,7 +419,7 @@ def import_weights(source, out):
         "dataset": str(source),
         "tokenizer": tokenizer,
         "vocab_size": fineweb.VOCAB_SIZE[tokenizer],
-        "fingerprint": "",
+        "fingerprint": "",  # of no tokens, so the first dataset that it meets is another one
     }
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.optimizer_groups())  # without moments, as before the first step
