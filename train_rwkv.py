@@ -780,12 +780,12 @@ def resumed_config(checkpoint, given, folder, asked):
     if checkpoint["script"] != SCRIPT:
         fail(f"the checkpoint was made by {checkpoint['script']}.py: use that script")
     trained_by = fineweb.find_copy(folder, SCRIPT, checkpoint.get("script_hash"))
-    its_copy = f"its copy, PYTHONPATH=. python {trained_by}"
+    its_copy = f"PYTHONPATH=. python {trained_by}"
     names = {field.name for field in dataclasses.fields(Config)}
     if checkpoint["format"] != CHECKPOINT_FORMAT or old.keys() != names:
-        fail(f"the checkpoint is of another version of this script: run {its_copy}")
+        fail(f"the checkpoint is of another version of this script: run its copy, {its_copy}")
     if checkpoint["script_hash"] != fineweb.script_hash(__file__):
-        say(f"note: {SCRIPT}.py has changed since this checkpoint; to use the script as it was, run {its_copy}")
+        say(f"note: {SCRIPT}.py has changed since this checkpoint; its copy runs by {its_copy}")
     for name, value in given.items():
         can_change = name in MAY_CHANGE or (name == "seed" and asked.sample is not None)
         if value != old[name] and not can_change:
