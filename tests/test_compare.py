@@ -764,12 +764,19 @@ def test_a_script_of_ones_own_is_not_in_the_readmes_table_and_that_is_said(tmp_p
     assert deepseek[-1] == first_line  # for lack of words on it
 
 
-def test_the_demonstrations_table():
-    made = rows(table.demonstration())
-    (deepseek,) = [row for row in made.values() if row[0] == "deepseek"]
-    (rwkv, *_) = [row for row in made.values() if row[0].startswith("rwkv")]
+def test_the_demonstrations_table(tmp_path, monkeypatch):
+    config = {**vars(RWKV.Config()), **RWKV.RECIPE, "max_steps": 20}
+    for seed in (1, 2):
+        shutil.copytree(DEMO / f"deepseek-{seed}", tmp_path / f"results/demo/deepseek-{seed}")
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    (deepseek,) = [row for row in rows(table.demonstration()).values() if row[0] == "deepseek"]
     assert deepseek[2:] == ["927,072", "703,104", "558,432", "32,896"]
-    assert "(its paper's " in rwkv[0] and "beta2 0.99" in rwkv[0]
+    shutil.rmtree(tmp_path / "results/demo")
+    for seed in (1, 2):
+        write_run(tmp_path / f"results/demo/rwkv-{seed}", script="train_rwkv", own={**config, "seed": seed})
+    (rwkv,) = [row for row in rows(table.demonstration()).values() if row[0].startswith("rwkv")]
+    assert rwkv[0].startswith("rwkv (its paper's ") and "beta2 0.99" in rwkv[0]
+    assert rwkv[2:] == ["1,000", "–", "–", "–"]  # no such model
 
 
 @pytest.mark.parametrize("program", [compare, table])

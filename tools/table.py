@@ -2,8 +2,8 @@
 The README's tables, made from the scripts and from the evidence in results/.
 
     python -m tools.table                   # print them
-    python -m tools.table architectures     # one of them: architectures, speed,
-                                            # demonstration or data
+    python -m tools.table architectures     # one of them: architectures,
+                                            # speed, demonstration or data
     python -m tools.table --write           # put them into README.md, between
                                             # their marks
 
