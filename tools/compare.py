@@ -633,9 +633,13 @@ def run_command(args):
     if args.save_reference:
         save_reference(args.save_reference, pools)
     else:
+        before = ""
         for line in report(args.out, pools, left_out, repeats).splitlines():
-            if not line.startswith(("![", "<")):  # the pictures, and what folds the pairs away
+            if line.startswith(("![", "<")):  # the pictures, and what folds the pairs away
+                continue
+            if line or before:
                 print(line)
+            before = line
         print(f"the page: {args.out}/index.html")
     if left_out:
         fineweb.fail(f"{len(left_out)} of {len(folders)} folders were left out, see above")

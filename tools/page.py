@@ -50,7 +50,7 @@ th[aria-sort=descending] button::after { content: " \\25BC" }
 img { display: block; width: 100%; max-width: 52em; height: auto; background: #fff; padding: .5em;
       border: 1px solid var(--line); border-radius: 6px }
 @media (min-width: 70em) {
-  p:has(> img) { display: inline-block; vertical-align: top; width: calc(50% - .5em); max-width: none;
+  p:has(> img) { display: inline-block; vertical-align: top; width: calc(50% - .8em); max-width: none;
                  margin: 0 .4em .4em 0 }
 }
 summary { cursor: pointer; font-weight: 600 }

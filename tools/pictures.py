@@ -146,7 +146,8 @@ def draw_bars(path, title, pools, key):
         interval = [[100 * min(half, mean)], [100 * min(half, 1 - mean)]]  # accuracies end at 0 and 100
         axis.barh(row, 100 * mean, xerr=interval, color="#9ecae1", edgecolor="black",
                   hatch=hatch, capsize=3)  # fmt: skip
-        axis.text(0.8, row, f"{100 * mean:.1f}", va="center", fontsize=8)
+        card = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}  # hatches are behind it
+        axis.text(0.8, row, f"{100 * mean:.1f}", va="center", fontsize=8, bbox=card)
         right = max(right, mean + half)
     axis.axvline(25, color="black", lw=0.8, ls=":")
     axis.set_yticks(range(len(scored)), [pool.name for _, _, pool in scored])
