@@ -43,6 +43,9 @@ class HubServer:
         "status": answer with that code
         "truncate": announce the whole body, but hang up after that many bytes
         "drop": True: hang up without an answer
+        "flip": change the byte at this place
+        "body": answer with these bytes, as a login page in the way would
+        "stall": send nothing for so many seconds, or until the server stops; then hang up
     The first that matches applies; it leaves the list once it is used up.
     """
 
@@ -54,6 +57,7 @@ class HubServer:
         self.requests = []
         self.faults = []
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
 
     def __enter__(self):
         self._home = tempfile.TemporaryDirectory(prefix="hub-home-", ignore_cleanup_errors=True)
@@ -66,6 +70,7 @@ class HubServer:
         return self
 
     def __exit__(self, *exc_info):
+        self._stopped.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()  # from here on connections to url are refused
@@ -140,9 +145,15 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         fault = self.server.hub._record(self.command, path)
-        if fault.get("drop"):
+        if "stall" in fault:
+            self.server.hub._stopped.wait(fault["stall"])
+        if fault.get("drop") or "stall" in fault:
             return
-        if "status" in fault:
+        if "body" in fault:
+            status = 200
+            headers = {"Content-Type": "text/html"}
+            body = fault["body"]
+        elif "status" in fault:
             status = fault["status"]
             headers = {"X-Error-Message": "injected fault"}
             body = b"injected fault"
@@ -171,15 +182,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self._send(file, start, min(end - start, fault.get("truncate", end)))
+            self._send(file, start, min(end - start, fault.get("truncate", end)), fault.get("flip"))
 
     do_HEAD = do_GET
 
-    def _send(self, file, start, n_bytes):
+    def _send(self, file, start, n_bytes, flip=None):
         with file.open() as f:
             f.seek(start)
             while n_bytes > 0 and (chunk := f.read(min(n_bytes, CHUNK))):
+                if flip is not None and start <= flip < start + len(chunk):
+                    chunk = bytearray(chunk)
+                    chunk[flip - start] ^= 255
                 self.wfile.write(chunk)
+                start += len(chunk)
                 n_bytes -= len(chunk)
 
     def _answer(self, path, query):
