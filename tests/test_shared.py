@@ -1,6 +1,7 @@
 """What all programs share: options, the log, whole files, retries."""
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import signal
@@ -235,3 +236,18 @@ def test_a_long_loop_says_how_long_it_takes(monkeypatch, capsys, seconds, said):
         now[0] += 100 if item == 0 else seconds  # the first compiles
         seen.append(item)
     assert seen == list(range(40)) and capsys.readouterr().out == said
+
+
+PROGRAMS = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")] if "\ndef main():" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_help_fits_80_columns(path, monkeypatch, capsys):
+    name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and said.startswith("usage: ")
+    assert [line for line in said.splitlines() if len(line) > 80] == []

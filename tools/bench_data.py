@@ -1,12 +1,15 @@
 """
-How fast are the writer, the loader and the scorer here, against the plain way to do the same?
+How fast are the writer, the loader and the scorer here, against the plain way
+to do the same?
 
-    python -m tools.bench_data writer --text a.parquet [b.jsonl ...]     # needs GPT-2's vocabulary
+    python -m tools.bench_data writer --text a.parquet [b.jsonl ...]
     python -m tools.bench_data loader
-    python -m tools.bench_data scorer --hellaswag hellaswag_val.jsonl    # needs GPT-2's vocabulary
+    python -m tools.bench_data scorer --hellaswag hellaswag_val.jsonl
 
-Each compares in one process tree, in turn, and prints the median of the repeats with the spread.
---json FILE keeps every repeat, with the command and the versions; one file can hold all three.
+Each compares in one process tree, in turn, and prints the median of the
+repeats with the spread. --json FILE keeps every repeat, with the command and
+the versions; one file can hold all three. The writer and the scorer need
+GPT-2's vocabulary.
 """
 import argparse
 import importlib.metadata

@@ -1,14 +1,17 @@
 """
-How much faster are the two parts that are not written as they are defined, at the real shapes, here?
+How much faster are the two parts that are not written as they are defined, at
+the real shapes, here?
 
     python -m tools.bench_parts                          # both
     python -m tools.bench_parts recurrence --repeats 9
     python -m tools.bench_parts experts --json results/parts.json
 
-recurrence: RWKV-7's over 1,024 tokens x 12 heads x 64 channels, in chunks against token by token. experts:
-DeepSeek's 16 experts of 192 channels for 2,048 tokens, 4 each, sorted by expert against a loop over the
-experts. The slow versions are those that the tests compare with, in tests/reference.py. Each is forward and
-backward, in turn after a warm-up; it prints medians, spreads and the ratio.
+recurrence: RWKV-7's over 1,024 tokens x 12 heads x 64 channels, in chunks
+against token by token. experts: DeepSeek's 16 experts of 192 channels for 2,048
+tokens, 4 each, sorted by expert against a loop over the experts. The slow
+versions are those that the tests compare with, in tests/reference.py. Each is
+forward and backward, in turn after a warm-up; it prints medians, spreads and
+the ratio.
 """
 import argparse
 import json
