@@ -1125,7 +1125,7 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     if before and before["tokenizer"] != data["tokenizer"]:
         fail(f"{folder} holds {data['tokenizer']} tokens, the model was trained on "
              f"{before['tokenizer']} tokens: choose the right --data_dir")
-    if before and before["fingerprint"] != data["fingerprint"]:
+    if before and before["fingerprint"] not in ("", data["fingerprint"]):  # "" if imported
         say(f"warning: {folder} is not the data that the run began with, "
             "so from here on its batches are others")
     return data
@@ -1671,15 +1671,19 @@ def check_options(config):
             fail(f"--{field.name} {value}: must be at most {most}")
 
 
+def run_folder(name):
+    """The folder of the run called name. Raises SystemExit for what is no plain folder's name."""
+    if name in (".", "..") or len(name) > 100 or set(name) & set('/\\:*?"<>|\n\0'):
+        fail(f"--run_name {name}: must be the name of a folder in log/, of at most 100 letters")
+    return Path("log") / name
+
+
 def check_run(config, world):
     """Raises SystemExit for a training script's Config whose values are impossible, alone or together.
 
     world: the number of processes.
     """
     check_options(config)
-    name = config.run_name
-    if name in (".", "..") or len(name) > 100 or set(name) & set('/\\:*?"<>|\n\0'):
-        fail(f"--run_name {name}: must be the name of a folder in log/, of at most 100 letters")
     for field in ("beta1", "beta2"):
         if getattr(config, field) >= 1:
             fail(f"--{field} {getattr(config, field)}: must be less than 1")

@@ -708,13 +708,12 @@ def main():
     config, given, asked = parse_command_line()
     script = Path(__file__)
     default_name = SCRIPT.removeprefix("train_") + ("-tiny" if asked.tiny else "")
-    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
-    fineweb.check_run(config, world)
-    folder = Path("log") / (config.run_name or default_name)
+    folder = fineweb.run_folder(config.run_name or default_name)
     checkpoint = open_run(folder, asked)
     if checkpoint:
         config = resumed_config(checkpoint, given, folder, asked)
-        fineweb.check_run(config, world)
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
+    fineweb.check_run(config, world)
     first_step = checkpoint["step"] if checkpoint else 0
     last_step = first_step if asked.eval else config.max_steps
     if asked.resume and checkpoint and first_step >= last_step:

@@ -233,6 +233,12 @@ def test_options_on_resume(small, tmp_path):
     assert checkpoint["config"]["weight_decay"] == 0.5 and checkpoint["config"]["max_steps"] == 4
 
 
+def test_resume_needs_no_option_of_the_first_start(small, run, tmp_path):
+    assert small("--max_steps=2", "--run_name=a")[0] == 0
+    status, said = run(train_gpt2, "--run_name=a", "--resume", "--max_steps=3")
+    assert status == 0 and len(losses(tmp_path / "log/a")) == 3, said
+
+
 def test_a_checkpoint_of_another_version_is_refused(small, tmp_path):
     assert small("--max_steps=1", "--run_name=a")[0] == 0
     folder = tmp_path / "log/a"
