@@ -369,7 +369,7 @@ class Killed(BaseException):
 
 
 def killed_at(number, before, action):
-    """Runs action(), but kills it at its write number such and such, just before or after; whether it came so far."""
+    """Runs action() and kills it just before or after its write with this number; whether it came so far."""
     count = 0
     replace = os.replace
 

@@ -165,7 +165,7 @@ def test_removing_downloads_leaves_the_rest(tmp_path):
 
 @pytest.fixture
 def here(monkeypatch):
-    """here(server): from now on this process takes the server for the hub, whose client doesn't pause."""
+    """here(server): this process takes the server for the hub, and the hub's client doesn't pause."""
     from huggingface_hub import constants
 
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
