@@ -32,7 +32,8 @@ def made(tmp_path_factory):
     """The folder of a report, and its Markdown."""
     folder = tmp_path_factory.mktemp("page")
     runs, repeats = compare.without_repeats([compare.read_run(run) for run in write_runs(folder / "log")])
-    markdown = compare.report(folder / "report", compare.pool_runs(runs), [("log/x", "<b>empty</b>")], repeats)
+    left_out = [("log/x", "<b>empty</b>")]
+    markdown = compare.report(folder / "report", compare.pool_runs(runs), left_out, repeats)
     return folder / "report", markdown
 
 
@@ -84,7 +85,8 @@ def test_the_verdict_comes_first_and_the_pairs_are_folded_away(made):
     assert len(outline.sources) == outline.seen.count("img") >= 7
     assert all(source.startswith("data:image/png;base64,") for source in outline.sources)
     assert not re.search(r"https?:|@import|url\(|<link", text)
-    assert '<meta name="viewport" content="width=device-width' in text and "prefers-color-scheme: dark" in text
+    assert '<meta name="viewport" content="width=device-width' in text
+    assert "prefers-color-scheme: dark" in text
     assert "&lt;b&gt;empty&lt;/b&gt;" in text and "<b>" not in text
     assert text.count("half of a 95% interval") == 1
 
@@ -133,7 +135,8 @@ PROBE = """
 const table = document.querySelector("table");
 const result = {};
 result.width = [document.documentElement.scrollWidth, innerWidth];
-result.table = [table.offsetWidth > table.parentNode.clientWidth, getComputedStyle(table.parentNode).overflowX];
+const frame = table.parentNode;
+result.table = [table.offsetWidth > frame.clientWidth, getComputedStyle(frame).overflowX];
 result.page = getComputedStyle(document.body).backgroundColor;
 result.card = getComputedStyle(document.querySelector("img")).backgroundColor;
 const heads = [...table.tHead.rows[0].cells];
@@ -183,7 +186,8 @@ def test_in_a_browser_on_a_telephone_at_night(made, tmp_path):
     assert len(losses) == 4 and losses == sorted(losses) and down == up[::-1]
     assert [column for _, _, column, _ in clicks["rank"]] == [["1", "2", "3", "–"], ["3", "2", "1", "–"]]
     ((_, _, names, _),) = clicks["architecture"]
-    assert [name.split(", max_lr")[0] for name in names[:3]] == ["gpt2, n_layer 3", "gpt2, n_layer 12", "llama"]
+    models = [name.split(", max_lr")[0] for name in names[:3]]
+    assert models == ["gpt2, n_layer 3", "gpt2, n_layer 12", "llama"]
     assert len(names) == 4 and names[3].startswith("mta")
     ((_, _, flops, _),) = clicks["training FLOPs"]
     assert [float(cell) for cell in flops] == sorted(map(float, flops))

@@ -39,14 +39,11 @@ from tools.runs import (
     Unreadable,
     find_copy,
     find_script,
-    hash_file,  # noqa: F401  for tools.export
     is_edited,
     load_script,
     pool_runs,
-    read_log,  # noqa: F401  for tools.export
     read_run,
     require,
-    trained_hash,  # noqa: F401  for tools.export
     without_repeats,
 )
 
@@ -332,7 +329,7 @@ def set_other_items_apart(pools, key):
             counts[items] = counts.get(items, 0) + 1
     if not counts:
         return ""
-    n, labels = max(counts, key=lambda items: counts[items])
+    n, labels = max(counts, key=lambda items: (items[1] is not None, counts[items]))
     others = []
     for pool in pools:
         items = have[pool.name]
@@ -396,7 +393,7 @@ def pairs_table(differences, key):
 
 
 def band_half(spread, n, steps):
-    """Half of the band's width at a step: that of one more run's loss, beside n runs with a standard deviation.
+    """Half of the band's width at a step, for one more run beside n whose losses have a standard deviation.
 
     The band holds for all steps together: a fresh run like those of the reference is inside at every one
     in at least 95% of cases. It is Student's t interval for one more run, at a level of 5% divided by the
@@ -516,10 +513,10 @@ def against(path, runs):
 # The report
 
 HOW_TO_READ = (
-    "± is half of a 95% interval's width everywhere, and so are the bands and bars in the pictures: of losses "
-    "over the seeds, by Student's t; of accuracies over the seeds and the items, with one seed over the items "
-    "alone. An interval is for its own figure or pair; p-values are corrected for the number of pairs (Holm), "
-    "and the verdicts go by them, at 5%."
+    "± is half of a 95% interval's width everywhere, and bands and bars in the pictures reach as far: of "
+    "losses over the seeds, by Student's t; of accuracies over the seeds and the items, with one seed over "
+    "the items alone. An interval is for its own figure or pair; p-values are corrected for the number of "
+    "pairs (Holm), and the verdicts go by them, at 5%."
 )
 SHARED_RECIPE = " A paper's own settings are in its row; `--recipe shared` trains with everyone's instead."
 OF_PARAMETERS = (
@@ -541,8 +538,9 @@ def lost_scripts(pools):
         _, problem = load_script(name)
         if problem:
             which = ", ".join(pool.name for pool in pools if pool.first.facts["script"] == name)
-            lines.append(f"{which}: its script {name}.py {problem}. So it is compared by its log alone: what "
-                         "its paper prescribes and how many parameters evaluation uses is not known.")  # fmt: skip
+            lines.append(f"{which}: its script {name}.py {problem}. So it is compared by its log alone: "
+                         "what its paper prescribes and how many parameters evaluation uses is not "
+                         "known.")  # fmt: skip
     return lines
 
 

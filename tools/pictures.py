@@ -187,7 +187,7 @@ def without_start(curve):
 
 
 def loss_curve(pool):
-    """[(step, mean validation loss, half of its 95% interval's width over the seeds, 0 with one)] of a pool."""
+    """[(step, mean validation loss, half of its 95% interval's width, 0 with one seed)] of a pool."""
     curve = []
     for step, mean in pool.curve(lambda run: run.val):
         half = verdicts.half_interval([run.val[step] for run in pool.runs])
@@ -213,7 +213,7 @@ def load_curve(pool):
 
 
 def draw(folder, pools, keys, prefix=""):
-    """Draws all pictures of a group of compare.Pool into a folder; returns [(file, what it shows)].
+    """Draws all pictures of a group of runs.Pool into a folder; returns [(file, what it shows)].
 
     keys: the scores, [(task, convention)]. The pictures' files start with the prefix.
     """

@@ -79,7 +79,7 @@ class Run:
 
     def fixed_config(self):
         """Its config under today's names, without the fields that may differ between runs of a pool."""
-        fields = self.renamed_config()
+        fields = {**self.renamed_config(), "recipe": self.recipe}
         return {name: value for name, value in fields.items() if name not in (*VARYING_FIELDS, "seed")}
 
     def newest_score(self, key):

@@ -199,7 +199,7 @@ def holm(p_values):
 
 @dataclasses.dataclass
 class Difference:
-    """A pair of compare.Pool, a minus b. The p-values are corrected for the number of pairs."""
+    """A pair of runs.Pool, a minus b. The p-values are corrected for the number of pairs."""
 
     a: object
     b: object
@@ -220,7 +220,7 @@ class Difference:
 
 
 def compare_pairs(pools, key):
-    """A Difference for each pair of compare.Pool. key: of the accuracies, or None where there are none."""
+    """A Difference for each pair of runs.Pool. key: of the accuracies, or None where there are none."""
     differences = []
     for i, a in enumerate(pools):
         for b in pools[i + 1 :]:
@@ -241,7 +241,7 @@ def compare_pairs(pools, key):
 
 
 def headline(ranked, differences):
-    """The result in words. ranked: the finished compare.Pool, that with the lowest loss first."""
+    """The result in words. ranked: the finished runs.Pool, that with the lowest loss first."""
     if not ranked:
         return "No run here has finished."
     best = ranked[0]
