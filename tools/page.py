@@ -44,8 +44,10 @@ th.number, td.number { text-align: right }
 th button { font: inherit; color: inherit; text-align: inherit; background: none; border: 0; padding: 0;
             cursor: pointer; width: 100% }
 th button:hover { color: var(--accent) }
-th[aria-sort=ascending] button::after { content: " \\25B2" }
-th[aria-sort=descending] button::after { content: " \\25BC" }
+th button::after { content: " \\2195"; opacity: .45 }
+th[aria-sort] button::after { opacity: 1 }
+th[aria-sort=ascending] button::after { content: " \\2191" }
+th[aria-sort=descending] button::after { content: " \\2193" }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
 img { display: block; width: 100%; max-width: 52em; height: auto; background: #fff; padding: .5em;
       border: 1px solid var(--line); border-radius: 6px }
