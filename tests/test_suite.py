@@ -318,7 +318,7 @@ def test_sigterm_ends_the_stages_too(stages, tmp_path):
 
 
 @pytest.mark.parametrize("options, expected", [
-    (["--suite"], "expected one argument"),
+    (["--suite"], "say which folder"),
     (["--suite", "out", "--only", "gpt3"], "there is no gpt3"),
     (["--suite", "out", "--minutes", "0"], "above 0"),
     (["--suite", "out", "--swift"], "--swift"),

@@ -2,12 +2,12 @@
 How fast do the scripts train on this machine, and how long will ten billion
 tokens take?
 
-    python -m tools.bench                      # every script at its real shapes
+    python -m tools.bench                        # every script, real shapes
     python -m tools.bench gpt2 llama --micro_batch 2 4 --gpus 8
-    python -m tools.bench gpt2 --peers         # beside transformers' class
-    python -m tools.bench gpt2 --profile trace # the most expensive operations
+    python -m tools.bench gpt2 --peers           # beside transformers' class
+    python -m tools.bench gpt2 --profile trace   # the costliest operations
     python -m tools.bench --tiny --json results/bench-tiny.json
-    python -m tools.bench --suite OUT          # all of a GPU, in ten minutes
+    python -m tools.bench --suite OUT            # all of a GPU, in ten minutes
 
 A step is forward, backward, clipping and AdamW on one micro-batch of random
 tokens. Every line is measured in a fresh process, after a warm-up, and gives

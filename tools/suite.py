@@ -664,7 +664,7 @@ def parse_command_line():
     """The options. Raises SystemExit for one that is not possible."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m tools.bench", description=__doc__, formatter_class=as_written)
-    parser.add_argument("--suite", type=Path, metavar="OUT", help="folder of the JSON files")
+    parser.add_argument("--suite", type=Path, nargs="?", metavar="OUT", help="folder of the JSON files")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join(bench.names())}")
     parser.add_argument("--minutes", type=float, default=10, help="end after so many [10]")
     parser.add_argument("--limit", type=float, default=240, help="seconds for a stage of a script [240]")
