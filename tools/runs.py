@@ -384,11 +384,12 @@ def name_apart(pools):
     fields = telling_fields(pools)
     if len(fields) > MOST_NAMED:
         return
+    texts = {pool.first.script_hash for pool in pools}
     for pool in pools:
         config = pool.first.fixed_config()
         for field in fields:
             pool.name += f", {field} {config.get(field, 'absent')}"
-        if len(pools) > 1 and is_edited(pool.first):
+        if len(texts) > 1 and is_edited(pool.first):
             pool.name += ", edited script"
 
 
