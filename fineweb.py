@@ -45,7 +45,7 @@ import sysconfig
 import threading
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
@@ -78,6 +78,7 @@ DATASETS = {
     },
 }
 SAMPLE = "data/sample"
+NO_VOCABULARY = 120  # seconds for tiktoken to fetch its 1.5 MB
 NO_ANSWER = 30  # seconds without a byte from the hub, after which we ask again
 CLOZE = 2  # version of cloze_items(): a folder with another one's items gets new ones
 
@@ -318,7 +319,7 @@ def parse_line(path, row, line):
     """The text in a line of a .jsonl file, given as bytes."""
     try:
         text = json.loads(line.decode())["text"]
-        text.encode()  # not every string of JSON is text: "\\ud800" is half a character
+        text.encode()  # not every string of JSON is text: "\ud800" is half a character
     except UnicodeDecodeError:
         fail(f"{path}, line {row + 1} is not UTF-8 text: correct it or leave it out")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -359,11 +360,28 @@ def get_tokenizer(name):
     try:
         if Path("data/gpt2/vocab.bpe").exists():
             return gpt2_from_files(Path("data/gpt2"))
-        return tiktoken.get_encoding("gpt2")
+        return within(NO_VOCABULARY, lambda: tiktoken.get_encoding("gpt2"))
     except Exception as error:  # of the network, a proxy or a file: the way out is the same
         fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): connect to the network "
              "once, set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or put vocab.bpe and "
              "encoder.json into data/gpt2/")
+
+
+def within(seconds, action):
+    """What action() returns. Raises TimeoutError if it takes longer; its thread is left to itself.
+
+    For a library that waits for ever if the network stalls.
+    """
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(action())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)
 
 
 def gpt2_from_files(folder):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -242,6 +243,16 @@ def test_missing_vocabulary_is_one_line(tmp_path):
     assert "GPT-2's vocabulary can't be loaded" in result.stderr
     assert "put vocab.bpe and encoder.json into data/gpt2/" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_vocabulary_that_does_not_come_is_given_up(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    never = threading.Event()
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: never.wait(60))
+    monkeypatch.setattr(fineweb, "NO_VOCABULARY", 0.05)
+    with pytest.raises(SystemExit, match="GPT-2's vocabulary can't be loaded .TimeoutError."):
+        fineweb.get_tokenizer("gpt2")
+    never.set()
 
 
 def test_too_little_disk_space_stops_before_anything_is_written(tmp_path, monkeypatch):
