@@ -256,7 +256,8 @@ def read_documents(path, first_row=0):
         fail(f"{path} is not UTF-8 text ({error.reason} near byte {error.start:,})")
 
 
-def read_parquet(path, first_row):
+def open_parquet(path):
+    """A pyarrow.parquet.ParquetFile. Raises SystemExit if it is none, or has no column of texts."""
     import pyarrow
     import pyarrow.parquet
 
@@ -272,6 +273,25 @@ def read_parquet(path, first_row):
         kind = kind.value_type
     if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         fail(f"{path}: its column 'text' holds {kind}, not strings")
+    return parquet
+
+
+def text_bytes(path):
+    """The size of the text in a file, for .jsonl with what JSON adds to it."""
+    if path.suffix != ".parquet":
+        return path.stat().st_size
+    metadata = open_parquet(path).metadata
+    n_bytes = 0
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for column in range(row_group.num_columns):
+            if row_group.column(column).path_in_schema == "text":
+                n_bytes += row_group.column(column).total_uncompressed_size
+    return n_bytes
+
+
+def read_parquet(path, first_row):
+    parquet = open_parquet(path)
     row = 0
     for group in range(parquet.num_row_groups):
         n_rows = parquet.metadata.row_group(group).num_rows
@@ -667,14 +687,12 @@ def progress_bar(folder, total, done):
 
 def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
-    text_bytes = 0
     for path in paths:
         if not path.is_file():
             fail(f"{path} is not a file")
         if path.suffix not in (".jsonl", ".txt", ".parquet"):
             fail(f"{path}: the text must be a .jsonl, .txt or .parquet file")
-        # parquet is compressed to about half
-        text_bytes += path.stat().st_size * (2 if path.suffix == ".parquet" else 1)
+    n_bytes = sum(text_bytes(path) for path in paths)
     sizes = [path.stat().st_size for path in paths]
     wanted = {
         "dataset": "files", "revision": None,
@@ -685,8 +703,8 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
         "val_tokens": min(shard_tokens, max(1024, sum(sizes) // 40)),
     }  # fmt: skip
     manifest = open_manifest(folder, wanted)
-    most = text_bytes + len(paths)  # tokens: no text has more of them than bytes
-    total = text_bytes // (4 if tokenizer == "gpt2" else 1)
+    most = n_bytes + len(paths)  # no document has more tokens than bytes, but for its <|endoftext|>
+    total = n_bytes // (4 if tokenizer == "gpt2" else 1)
     if last_shard is not None:
         limit = manifest["val_tokens"] + last_shard * shard_tokens
         most = min(most, limit)

@@ -651,7 +651,7 @@ def test_run_again_needs_room_only_for_what_is_missing(tmp_path, monkeypatch, ca
     out = tmp_path / "out"
     in_process(out, [path], last=2)
     manifest = fineweb.read_manifest(out)
-    n_bytes = 2 * (path.stat().st_size + 1)
+    n_bytes = 2 * (path.stat().st_size + 1)  # a token is two bytes, and there is one <|endoftext|> more
     done = sum(2 * shard["tokens"] for shard in manifest["shards"])
     assert fineweb.missing_bytes(out, manifest, n_bytes) == n_bytes - done > 0
     free = [n_bytes - done - 1]

@@ -3,11 +3,11 @@ from tools import torture
 
 
 def test_nothing_is_lost(run):
-    status, said = run(torture, "writer", "--case=--files", "--kills", "1", "--writes", "1")
+    status, said = run(torture, "writer", "--case=--files", "--kills", "0", "--writes", "3")
     assert status == 0, said
     at_random, at_writes = said.splitlines()[-2:]
-    assert at_random == "| --files | at random | 1 | 1 |"
-    assert at_writes == "| --files | at 1 writes | 2 | 2 |"
+    assert at_random == "| --files | at random | 0 | 0 |"
+    assert at_writes == "| --files | at 3 writes | 6 | 6 |"
 
 
 def test_no_download_is_lost(run):

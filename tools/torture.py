@@ -36,8 +36,6 @@ KILLED_AT = """
 import os, signal, sys
 import fineweb
 
-number, moment = int(sys.argv[1]), sys.argv[2]
-sys.argv = ["fineweb.py", *sys.argv[3:]]
 writes = 0
 replace = os.replace
 
@@ -50,7 +48,10 @@ def counted(source, target):
     if writes == number:
         os.killpg(0, signal.SIGKILL)
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the workers import this file too
+    number = int(sys.argv[1])
+    moment = sys.argv[2]
+    sys.argv = ["fineweb.py", *sys.argv[3:]]
     os.replace = counted
     fineweb.main()
 """
