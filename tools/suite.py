@@ -1,21 +1,22 @@
 """
 What can a GPU do? Every script at its real shapes, in about ten minutes.
 
-    python -m tools.bench --suite OUT                # all scripts, cheap ones first
+    python -m tools.bench --suite OUT              # cheap scripts first
     python -m tools.bench --suite OUT --only gpt2 rwkv
-    python -m tools.bench --suite OUT --tiny         # a rehearsal, on a CPU too
+    python -m tools.bench --suite OUT --tiny       # a rehearsal, on a CPU too
 
 1. curve: two layers of the real width learn a fixed text for 20 steps, three
-   times: on the CPU in fp32, on the device uncompiled, and compiled. The losses
-   must fall and agree, and so must the gradients at the CPU's last weights.
-   Several scripts at a time, beside the tests marked gpu.
-2. step: the whole model, compiled, alone on the device: the largest micro-batch,
-   tokens/s, memory, the first step's time, hours for 10B tokens.
+   times: on the CPU in fp32, on the device uncompiled, and compiled. The
+   losses must fall and agree, and so must the gradients at the CPU's last
+   weights. Several scripts at a time, beside the tests marked gpu.
+2. step: the whole model, compiled, alone on the device: the largest
+   micro-batch, tokens/s, memory, the first step's time, hours for 10B tokens.
 
-OUT/NAME.json gets every figure as soon as it is known, OUT/tests.json those of
-the tests. Each stage runs in a fresh process with a time limit; if it fails, the
-JSON holds its last lines and the others go on. The same command again does what
-is missing. The text is the help pages that come with Python, as bytes.
+OUT/NAME.json gets every figure as soon as it is known, OUT/tests.json those
+of the tests. Each stage runs in a fresh process with a time limit; if it
+fails, the JSON holds its last lines and the others go on. The same command
+again does what is missing. The text is the help pages that come with Python,
+as bytes.
 """
 import argparse
 import dataclasses
@@ -117,13 +118,14 @@ def begin_file(path, facts, again):
 # In a fresh process: the stages
 
 
-def end_with_parent():
-    """Ends this process when the one that started it has ended, however that happened."""
-    parent = os.getppid()
+def end_with(parent):
+    """Ends this process and those that it starts when process parent has ended, however that happened."""
 
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
+        if hasattr(os, "killpg"):
+            os.killpg(os.getpgrp(), signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -199,8 +201,11 @@ def curve(job, script, tell):
     kinds = [("reference", on_cpu, "off"), ("uncompiled", machine, "off")]
     if bench.uses_compile(config, machine.device):
         kinds.append(("compiled", machine, "on"))
+    precision = torch.get_float32_matmul_precision()
     reference = None
     for kind, where, compile in kinds:
+        # what the script allows on a GPU, TF32, some CPUs would do, too
+        torch.set_float32_matmul_precision("highest" if kind == "reference" else precision)
         trainer = bench.Trainer("ours", script, dataclasses.replace(config, compile=compile), where)
         losses = []
         for loss, seconds in learn(trainer, script, rows):
@@ -417,7 +422,7 @@ STAGES = {"curve": curve, "step": step, "tests": tests, "device": device}
 
 def work(job):
     """Runs a stage in this process."""
-    end_with_parent()
+    end_with(job["parent"])
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     path = Path(job["path"])
@@ -445,7 +450,7 @@ class Child:
     """A stage in a process of its own."""
 
     def __init__(self, job):
-        self.job = job
+        self.job = job | {"parent": os.getpid()}
         self.name = job["name"]
         self.path = Path(job["path"])
         self.stage = job["stage"]
@@ -457,7 +462,7 @@ class Child:
         document[self.stage] = {"status": "running"}
         write(self.path, document)
         self.process = subprocess.Popen(
-            command(job),
+            command(self.job),
             cwd=bench.ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
