@@ -842,11 +842,12 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     """
     repo = DATASETS[dataset]["repository"]
     prefix = DATASETS[dataset]["folder"]
-    revision, entries = hub_files(repo, prefix, ".parquet", begun_revision(folder))
+    name = f"{repo} {prefix}"
+    revision, entries = hub_files(repo, prefix, ".parquet", begun_revision(folder, name))
     files = list(entries)
     sizes = [entry.size for entry in entries.values()]
     wanted = {
-        "dataset": f"{repo} {prefix}", "revision": revision, "files": files,
+        "dataset": name, "revision": revision, "files": files,
         "tokenizer": tokenizer, "vocab_size": VOCAB_SIZE[tokenizer],
         "shard_tokens": shard_tokens, "val_tokens": shard_tokens,
     }  # fmt: skip
@@ -887,10 +888,10 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     remove_downloads(raw, files)
 
 
-def begun_revision(folder):
-    """The revision that a folder was begun with, which it is finished with; None if it is new."""
+def begun_revision(folder, dataset):
+    """The revision of a dataset that a folder was begun with, to finish it with that; None if new."""
     manifest = read_manifest(folder)
-    return manifest.get("revision") if manifest and manifest["shards"] else None
+    return manifest.get("revision") if manifest and manifest["dataset"] == dataset else None
 
 
 # ---- Source: ready-made shards
@@ -904,7 +905,7 @@ def validation_first(name):
 def download_shards(folder, dataset, last_shard):
     """Downloads ready-made shards of GPT-2 tokens, up to number last_shard (None: all)."""
     repo = DATASETS[dataset]["ready_made"]
-    revision, entries = hub_files(repo, "", ".bin", begun_revision(folder))
+    revision, entries = hub_files(repo, "", ".bin", begun_revision(folder, repo))
     names = sorted(entries, key=validation_first)
     if last_shard is not None:
         names = names[: last_shard + 1]

@@ -252,6 +252,15 @@ def test_a_login_page_instead_of_a_file_is_one_line(hub, here, tmp_path):
     hub.faults.clear()
 
 
+def test_another_dataset_of_the_hub_in_the_folder_is_one_line(hub, here, tmp_path):
+    here(hub)
+    fineweb.download_shards(tmp_path / "out", "fineweb", 1)
+    before = bytes_of(tmp_path / "out")
+    with pytest.raises(SystemExit, match="out holds shards with dataset = 'kjj0/fineweb10B-gpt2', not"):
+        fineweb.tokenize_hub(tmp_path / "out", "fineweb", None, 4000, "bytes", 0)
+    assert bytes_of(tmp_path / "out") == before
+
+
 def test_an_empty_repository_is_one_line(here, tmp_path):
     other = {"README.md": b"nothing here"}
     with HubServer({REPO: other, "kjj0/fineweb10B-gpt2": other}) as server:
