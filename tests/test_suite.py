@@ -49,8 +49,14 @@ def project(tmp_path):
 
 
 def start_suite(project, out):
-    command = [sys.executable, "-m", "tools.bench", "--suite", str(out), "--tiny"]
-    return subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tools.bench", "--suite", str(out), "--tiny"],
+        cwd=project,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_until(condition, seconds=60):
@@ -119,6 +125,7 @@ def job(name, stage, path):
 def curve(tmp_path, monkeypatch):
     """curve(name, **fields) -> the figures of a curve with these fields of Config changed."""
     monkeypatch.setattr(suite, "end_with", lambda parent: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
     def curve(name, **fields):
         script = importlib.import_module(f"train_{name}")
@@ -213,6 +220,7 @@ def test_the_largest_micro_batch_needs_few_tries():
 
 def test_memory_that_runs_out_is_a_size_that_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "end_with", lambda parent: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     real = bench.Trainer.step
 
     def step(self, idx, *arguments):
