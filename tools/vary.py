@@ -21,10 +21,10 @@ A patch, tools/variants/NAME.patch, is a unified diff with a few lines on top:
     # unequal: why it could not be kept within 1%, if so
 
 It holds the code alone; vary writes the docstring. A hunk is found by its
-text, which must be in the script once and to the letter. So line numbers may be
-off, and patches outlive edits of other parts. Definitions that a patch takes
-from another script say so above, "# The same in RWKV-7, as Attention.", and
---refresh renews them.
+text, which must be in the script once and to the letter. So line numbers may
+be off, and patches outlive edits of other parts. Definitions that a patch
+takes from another script say so above, "# The same in RWKV-7, as Attention.",
+and --refresh renews them.
 """
 import argparse
 import dataclasses
@@ -302,21 +302,40 @@ def copies(text, base):
     return found
 
 
+def lines_of(blocks, lines):
+    """The indices of the lines that belong to one of the blocks of text."""
+    found = set()
+    for text in blocks:
+        block = text.split("\n")[:-1]  # without what follows the last line's end
+        for start in places(lines, block):
+            found.update(range(start, start + len(block)))
+    return found
+
+
 def count_lines(text, base):
-    """(lines of the diff between base and variant, those of them that are another script's definitions)."""
+    """(lines of the diff between base and variant, those of them in whole definitions of other scripts).
+
+    These are copied to the letter, or taken out although another script has the same one.
+    """
     original = read_script(ROOT / base)
     old = original.split("\n")
     new = with_docstring_of(original, text).split("\n")
-    copied = set()
-    for ours, _ in copies(text, base):
-        block = ours.rstrip("\n").split("\n")
-        for start in places(new, block):
-            copied.update(range(start, start + len(block)))
+    copied = [ours for ours, _ in copies(text, base)]
+    kept = text
+    for ours in copied:
+        kept = kept.replace(ours, "")
+    gone = []
+    for match in COPY.finditer(original):
+        if not re.search(rf"^(?:class|def) {match['name']}\b", kept, re.MULTILINE):
+            gone.append(match[0])
+    added = lines_of(copied, new)
+    removed = lines_of(gone, old)
     total = 0
     known = 0
     for a, b, c, d in find_changes(old, new):
         total += b - a + d - c
-        known += sum(line in copied for line in range(c, d))
+        known += sum(line in removed for line in range(a, b))
+        known += sum(line in added for line in range(c, d))
     return total, known
 
 
@@ -334,9 +353,11 @@ def docstring(patches, name, parameters):
         lines = textwrap.wrap(paragraph, 79, break_long_words=False, break_on_hyphens=False)
         wrapped.append("\n".join(lines))
     commands = read_script(ROOT / base).partition(END_OF_DOCSTRING)[0]
-    commands = [line for line in commands.split("\n") if line.startswith("    ")]
-    commands = "\n".join(commands).replace(base, name)
-    return '"""\n' + "\n\n".join([*wrapped, commands]) + END_OF_DOCSTRING
+    commands = [line.replace(base, name) for line in commands.split("\n") if line.startswith("    ")]
+    for i, line in enumerate(commands):
+        if len(line) > 79:  # by a long name: then it has to do without its comment
+            commands[i] = line.partition("#")[0].rstrip()
+    return '"""\n' + "\n\n".join([*wrapped, "\n".join(commands)]) + END_OF_DOCSTRING
 
 
 def make(names):
@@ -371,7 +392,7 @@ def describe_size(name, text, base, parameters, active):
         line += f" ({active:,} active per token)"
     line += f", budget {BUDGET:,}; {total} lines differ from {base}"
     if known:
-        line += f", {known} of them another script's"
+        line += f", {known} of them in definitions of other scripts"
     if parameters > BUDGET:
         line += f". That is {parameters - BUDGET:,} parameters over the budget"
     return line
@@ -390,16 +411,28 @@ def write_script(names, force):
 
 
 def closest(text):
-    """The file name of the script that a text has most lines in common with."""
-    lines = body(text).split("\n")
-    fewest = None
-    for base in sync.SCRIPTS.values():
-        changes = find_changes(body(read_script(ROOT / base)).split("\n"), lines)
-        count = sum(b - a + d - c for a, b, c, d in changes)
-        if fewest is None or count < fewest:
-            fewest = count
-            nearest = base
-    return nearest
+    """The file name of the script that a text differs from in the fewest lines."""
+    counts = {base: count_lines(text, base)[0] for base in sync.SCRIPTS.values()}
+    return min(counts, key=counts.get)
+
+
+def find_base(name, path, text, asked):
+    """The file name of the script that an edited copy is a variant of: asked for, named, or the closest.
+
+    Raises SystemExit, with one line, if the variant's name doesn't begin with it.
+    """
+    choices = [short_name(base) for base in sync.SCRIPTS.values()]
+    if asked and asked not in choices:
+        fail(f"--base {asked} is none of the scripts: {', '.join(choices)}")
+    named = name.partition("-")[0]
+    near = closest(text)
+    base = asked or (named if named in choices else short_name(near))
+    if not re.fullmatch(re.escape(base) + r"(-[a-z0-9]+)+", name):
+        fail(f"call the variant {base}-NAME, in small letters and digits, since {path.name} is taken as "
+             f"one of train_{base}.py; --base names another")  # fmt: skip
+    if near != f"train_{base}.py":
+        print(f"note: {path.name} differs from {near} in fewer lines than from train_{base}.py")
+    return f"train_{base}.py"
 
 
 def save(name, path, args):
@@ -408,14 +441,7 @@ def save(name, path, args):
     if missing:
         fail(f"a patch is read on its own: give {', '.join(missing)}, a sentence each, in quotes")
     edited = read_script(path)
-    base = f"train_{args.base}.py" if args.base else closest(edited)
-    if base not in sync.SCRIPTS.values():
-        choices = ", ".join(map(short_name, sync.SCRIPTS.values()))
-        fail(f"--base {args.base} is none of the scripts: {choices}")
-    prefix = short_name(base) + "-"
-    if not re.fullmatch(re.escape(prefix) + r"[a-z0-9]+(-[a-z0-9]+)*", name):
-        fail(f"{path.name} is closest to {base}, so call the variant {prefix}NAME, in small letters and "
-             "digits, or give another --base")  # fmt: skip
+    base = find_base(name, path, edited, args.base)
     original = read_script(ROOT / base)
     text = with_docstring_of(original, edited)
     if text == original:
@@ -440,17 +466,27 @@ def save(name, path, args):
 
 
 def refresh():
-    """Makes all patches anew: line numbers, and what they have from other scripts."""
+    """Makes all patches anew: line numbers, and what they have from other scripts.
+
+    Raises SystemExit, after the others are made, if some no longer fit their base.
+    """
+    unfit = []
     for name in variants():
         patch = read_patch(name)
         file = VARIANTS / f"{name}.patch"
         before = file.read_bytes()
-        text = apply(patch, read_script(ROOT / patch.base), patch.base)
+        try:
+            text = apply(patch, read_script(ROOT / patch.base), patch.base)
+        except SystemExit as error:
+            unfit.append(str(error))
+            continue
         for ours, theirs in copies(text, patch.base):
             text = text.replace(ours, theirs)
         write_patch(name, patch.base, patch.header, text)
         if file.read_bytes() != before:
             print(f"{file.name}: made anew")
+    if unfit:
+        fail(f"{len(unfit)} no longer fit their base and have to be edited by hand: {'; '.join(unfit)}")
 
 
 def show_list():
@@ -468,7 +504,7 @@ def main():
     parser.add_argument("names", nargs="*", help="variants of one base; with --save: the edited script")
     parser.add_argument("--list", action="store_true", help="name all variants")
     parser.add_argument("--save", metavar="NAME", help="make the patch NAME of an edited script")
-    parser.add_argument("--base", help="what it was edited from, as gpt2 (default: the closest script)")
+    parser.add_argument("--base", help="what it was edited from, as gpt2 (default: as NAME begins)")
     parser.add_argument("--what", help="what the variant is, in a sentence")
     parser.add_argument("--question", help="what it is to answer")
     parser.add_argument("--paper", help="where it is from, or that it is an idea of your own")
