@@ -43,6 +43,7 @@ ROOT = sync.ROOT
 VARIANTS = Path(__file__).parent / "variants"
 BUDGET = 124_475_904  # parameters of train_gpt2.py
 FIELDS = ("what", "question", "paper", "parameters", "unequal")
+DEFINITION = re.compile(r"(?:class|def) (\w+)")
 END_OF_DOCSTRING = '\n"""\n'
 COPY = re.compile(
     r"^# The same in (?P<scripts>[^\n]*?)(?:, as (?P<theirs>\w+))?\.\n"
@@ -143,9 +144,34 @@ def apply(patch, text, onto):
     return "\n".join(lines)
 
 
+def mark_definitions(lines, others, side):
+    """The lines to compare, where those of a definition that the others lack equal nothing there.
+
+    So a diff shows such a definition in one piece, and finds no blank line of it somewhere else.
+    """
+    names = set()
+    for line in others:
+        match = DEFINITION.match(line)
+        if match:
+            names.add(match[1])
+    marked = []
+    inside = False
+    for i, line in enumerate(lines):
+        has_comment = line.startswith("# ") and i + 1 < len(lines)
+        match = DEFINITION.match(lines[i + 1] if has_comment else line)
+        if match:
+            inside = match[1] not in names
+        elif line[:1].strip():
+            inside = False
+        marked.append((side, i) if inside else line)
+    return marked
+
+
 def find_changes(old, new):
     """The runs of lines that differ, as (first, end) in old and (first, end) in new."""
-    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    ours = mark_definitions(old, new, "old")
+    theirs = mark_definitions(new, old, "new")
+    matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
     return [code[1:] for code in matcher.get_opcodes() if code[0] != "equal"]
 
 
@@ -291,7 +317,8 @@ def copies(text, base):
         named = re.split(", | and ", match["scripts"])
         scripts = [sync.SCRIPTS.get(script) for script in named]
         if None in scripts:
-            fail(f"`# The same in {match['scripts']}.` names a script that is none of {', '.join(sync.SCRIPTS)}")
+            fail(f"`# The same in {match['scripts']}.` names a script that is none of "
+                 + ", ".join(sync.SCRIPTS))  # fmt: skip
         if base in scripts:
             continue
         ours = match[0].rstrip("\n") + "\n"
