@@ -91,7 +91,8 @@ def read_patch(name):
     field = None
     base = None
     hunks = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
         if line.startswith("@@"):
             hunks.append(Hunk([], []))
         elif hunks and line[:1] in ("", " ", "-", "+"):
@@ -100,7 +101,7 @@ def read_patch(name):
             if line[:1] != "-":
                 hunks[-1].new.append(line[1:])
         elif not hunks and line.startswith("--- "):
-            base = line.split()[1]
+            base = Path(line[4:].strip()).name
         elif not hunks and line.startswith("#   ") and field:
             header[field] += " " + line[4:].strip()
         elif not hunks and line.startswith("# "):
@@ -111,9 +112,17 @@ def read_patch(name):
     missing = [field for field in FIELDS[:4] if not header.get(field)]
     if missing:
         fail(f"{path.name} doesn't say its {missing[0]}: add a line `# {missing[0]}: …` on top")
+    check_header(path.name, header)
     if not hunks or base is None or not (ROOT / base).is_file():
         fail(f"{path.name} changes no script that is here: it needs a line `--- train_x.py`, and hunks below")
     return Patch(name, base, header, hunks)
+
+
+def check_header(where, header):
+    """Raises SystemExit, with one line, if a field can't be written into a docstring."""
+    for field, value in header.items():
+        if '"""' in (value or "") or "\\" in (value or ""):
+            fail(f'{where}: its {field} has """ or a backslash in it, which a docstring can\'t hold')
 
 
 def places(lines, block):
@@ -180,17 +189,18 @@ def group_changes(old, changes):
     groups = []
     for change in changes:
         first, end = change[:2]
-        if first == end:  # an insertion is read, and found, between its neighbours
-            first -= 1
-            end += 1
-        while len(places(old, old[first:end])) > 1:
+        is_insertion = first == end  # which is read, and found, between its neighbours
+        while is_insertion or len(places(old, old[first:end])) > 1:
             first = max(0, first - 1)
-            end += 1
-        if groups and first <= groups[-1][1] + 1:
-            first = min(first, groups[-1][0])
-            groups[-1] = [first, max(end, groups[-1][1]), [*groups[-1][2], change]]
-        else:
-            groups.append([first, end, [change]])
+            end = min(len(old), end + 1)
+            is_insertion = False
+        joined = [change]
+        while groups and first <= groups[-1][1] + 1:
+            before = groups.pop()
+            first = min(first, before[0])
+            end = max(end, before[1])
+            joined = before[2] + joined
+        groups.append([first, end, joined])
     return groups
 
 
@@ -240,9 +250,9 @@ def write_text(path, text):
 def write_patch(name, base, header, text):
     """Writes a variant's file from its header and its script's text."""
     lines = []
-    for field in FIELDS:
-        if header.get(field):
-            lines += textwrap.wrap(f"# {field}: {header[field]}", 79, subsequent_indent="#   ",
+    for field, value in header.items():
+        if value:
+            lines += textwrap.wrap(f"# {field}: {value}", 79, subsequent_indent="#   ",
                                    break_long_words=False, break_on_hyphens=False)  # fmt: skip
     lines += [f"--- {base}", f"+++ {script_name(base, [name])}"]
     original = read_script(ROOT / base)
@@ -468,6 +478,8 @@ def save(name, path, args):
     if missing:
         fail(f"a patch is read on its own: give {', '.join(missing)}, a sentence each, in quotes")
     edited = read_script(path)
+    header = {field: getattr(args, field) for field in FIELDS}
+    check_header(path.name, header)
     base = find_base(name, path, edited, args.base)
     original = read_script(ROOT / base)
     text = with_docstring_of(original, edited)
@@ -476,10 +488,14 @@ def save(name, path, args):
     file = VARIANTS / f"{name}.patch"
     if file.exists() and not args.force:
         fail(f"{file.name} is there already: choose another name, or overwrite it with --force")
+    for ours, theirs in copies(text, base):
+        if ours != theirs:
+            first_line = ours.partition("\n")[0]
+            fail(f"{path.name} differs from what `{first_line}` says: copy it to the letter, "
+                 "or take the comment away")  # fmt: skip
     parameters, active = count_parameters(text, script_name(base, [name]))
     before, _ = count_parameters(original, base)
     change = (parameters - before) / before
-    header = {field: getattr(args, field) for field in FIELDS}
     if not header["parameters"]:
         header["parameters"] = "the same" if parameters == before else f"{change:+.2%}"
     if abs(change) > 0.01 and not args.unequal:
