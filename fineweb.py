@@ -1555,10 +1555,13 @@ def lock_folder(folder, advice, wait=False):
     with one_line(f"{folder} can't be written"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=-1 if wait else 0)
+            lock.acquire(timeout=0)
         except filelock.Timeout:
             name = holder.read_text() if holder.exists() else "another process"
-            fail(f"{folder} is in use by {name}: {advice}")
+            if not wait:
+                fail(f"{folder} is in use by {name}: {advice}")
+            say(f"{folder} is in use by {name}: waiting for it")
+            lock.acquire()
         except NotImplementedError:  # some network file systems
             say(f"{folder} is on a disk without locks: take care that no other process writes to it")
             return

@@ -1003,15 +1003,15 @@ def main():
     signals = fineweb.catch_signals()
     stopping = False
     for step in range(first_step, last_step + 1):
-        # ---- once in a while, and at the end: evaluate, save, sample
+        # ---- once in a while, and at the end: evaluate, sample, save
         is_last = step == last_step
         is_due = (step % config.eval_every == 0 or is_last) and not stopping
         if is_due:
             evaluate(step)
-        if (is_due or stopping) and step > first_step and machine.rank == 0:
-            save_checkpoint(folder, step, config, data, model, optimizer, scaler)
         if is_due and tokenizer:
             sample(step)
+        if (is_due or stopping) and step > first_step and machine.rank == 0:  # with all of it logged
+            save_checkpoint(folder, step, config, data, model, optimizer, scaler)
         if is_last or stopping:
             finished = step >= config.max_steps
             command = f"--sample {json.dumps(config.prompt)}" if finished else "--resume"

@@ -75,6 +75,8 @@ def test_a_run_evaluates_saves_samples_and_logs(small, tmp_path):
     assert [event["step"] for event in events(folder, "val")] == [0, 2, 4, 5]
     assert [event["step"] for event in events(folder, "score")] == [0, 2, 4, 5]
     assert len(events(folder, "sample")) == 8
+    # a run that is killed after its last checkpoint is finished, so all must be in the log by then
+    assert said.rindex("step 00005 | saved") > said.rindex("step 00005 >")
     (facts,) = events(folder, "run")
     for name in ("git", "torch", "device", "dtype", "parameters", "flops_per_token", "data", "config"):
         assert facts[name], name

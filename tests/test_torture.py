@@ -15,6 +15,21 @@ def test_no_download_is_lost(run):
     assert status == 0 and "| --pretokenized | at random | 1 | 1 |" in said, said
 
 
+def test_no_training_is_lost(run):
+    """Killed at random, and before and after the first checkpoint has its name."""
+    status, said = run(torture, "training", "--case=gpt2", "--kills", "2", "--writes", "2")
+    assert status == 0, said
+    assert "| train_gpt2 | at random | 2 | 2 |" in said and "| train_gpt2 | at 2 writes | 4 | 4 |" in said, said
+
+
+def test_another_outcome_of_training_is_said():
+    whole = [{"event": "val", "step": 0, "loss": 5.5}], {"wte.weight": b"abc"}
+    assert torture.difference(whole, whole) == ""
+    assert torture.difference(([], whole[1]), whole) == "its log has 0 events, not 1"
+    assert "'loss': 5.4" in torture.difference(([{"event": "val", "step": 0, "loss": 5.4}], whole[1]), whole)
+    assert torture.difference((whole[0], {"wte.weight": b"abd"}), whole) == "its weights are others"
+
+
 def test_what_is_lost_is_found(run, monkeypatch):
     """A program that leaves something else each time, and one that fails after each kill."""
     runs = iter(range(100))

@@ -89,7 +89,7 @@ def about_this_run():
 def all_texts(paths):
     texts = []
     for path in paths:
-        for _, documents, _ in fineweb.read_documents(path):
+        for _, documents, _, _ in fineweb.read_documents(path):
             if not isinstance(documents, list):
                 documents = fineweb.read_row_group(*documents)
             texts += documents
@@ -166,13 +166,14 @@ def our_rate(paths, processes, folder):
     def open_file(i, row):
         return fineweb.read_documents(paths[i], row)
 
-    batches = fineweb.tokenized(len(paths), open_file, (0, 0), "gpt2", processes)
+    sizes = [path.stat().st_size for path in paths]
+    batches = fineweb.tokenized(sizes, open_file, (0, 0), "gpt2", processes)
     size = fineweb.SHARD_TOKENS
     buffer = np.empty(size, dtype=np.uint16)
     next(batches)  # the processes are up
     began = time.perf_counter()
     filled = 0
-    for _, _, tokens, _ in batches:
+    for _, _, tokens, _, _ in batches:
         start = filled % size
         buffer[start : start + len(tokens)] = tokens[: size - start]
         filled += len(tokens)

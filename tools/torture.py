@@ -1,14 +1,16 @@
 """
-Kills the writer or the downloads over and over, runs them again, and compares
-the bytes with those of a run that was never killed.
+Kills training, the writer or the downloads over and over, runs them again, and
+compares the outcome with that of a run that was never killed.
 
+    python -m tools.torture training --kills 15   # each of seven scripts, --tiny
     python -m tools.torture writer --kills 50     # --files, --sample
     python -m tools.torture download --kills 50   # FineWeb, ready-made
 
 The kills (SIGKILL to all of its processes) come at random times, and before
-and after each of its writes in turn. The hub is the imitation that the tests
-use, so no network is needed. The last lines are a table of what survived; the
-exit status is 1 if anything was lost.
+and after each of its writes in turn. Of training, every loss, score and sample
+in the log and all weights must be the same to the bit; of the others all bytes.
+The hub is the imitation that the tests use, so no network is needed. The last
+lines are a table of what survived; the exit status is 1 if anything was lost.
 """
 import argparse
 import io
@@ -26,6 +28,7 @@ import numpy as np
 
 import fineweb
 from fineweb import fail, parse_strictly, say
+from tools.sync import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 NOTES = "a user's notes"  # a file in the folder that must stay as it is
@@ -216,6 +219,155 @@ def torture(name, options, environment, n_kills, n_writes):
 
 
 # ==========================================================================
+# Training
+
+# A run of some seconds that saves often. The kills of a run come one after the other, each in what
+# the one before left, and then it is run to its end.
+SHORT_RUN = [
+    "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4",
+    "--warmup_steps=2", "--max_steps=60", "--eval_every=4", "--run_name=run", "--data_dir=data",
+]  # fmt: skip
+KILLS_OF_A_RUN = 5
+# The same as KILLED_AT of a training script
+TRAINING_KILLED_AT = KILLED_AT.replace("import fineweb", "import importlib").replace(
+    """    sys.argv = ["fineweb.py", *sys.argv[3:]]
+    os.replace = counted
+    fineweb.main()
+""",
+    """    script = importlib.import_module(sys.argv[3])
+    sys.argv = [sys.argv[3] + ".py", *sys.argv[4:]]
+    os.replace = counted
+    script.main()
+""",
+)
+
+
+def start_training(words, home):
+    """Starts a training script, or resumes it if an earlier start got as far as making the folder."""
+    command = [sys.executable, *words, *SHORT_RUN]
+    if (home / "log/run").exists():
+        command.append("--resume")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=home, env=environment, start_new_session=True, **quiet)
+
+
+def finish_training(script, home):
+    """Runs a script to its end; returns its outcome(). SystemExit if it fails."""
+    process = start_training([str(ROOT / f"{script}.py")], home)
+    said, _ = process.communicate()
+    if process.returncode != 0 and "is finished at step" not in said:
+        raise SystemExit(f"{script} ended with status {process.returncode}:\n{said}")
+    return outcome(home / "log/run")
+
+
+def outcome(folder):
+    """What a run came to: the events of its log, without times and tokens/s, and the last weights."""
+    import torch
+
+    events = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] != "run":
+            event.pop("ms", None)
+            events.append(event)
+    newest = max(folder.glob("step_*.pt"))
+    weights = torch.load(newest, weights_only=True)["model"]
+    return events, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+def difference(ours, whole):
+    """What differs between two outcomes, in words; "" if nothing does."""
+    events, weights = ours
+    for event, expected in zip(events, whole[0], strict=False):
+        if event != expected:
+            return f"its log has {event}, not {expected}"
+    if len(events) != len(whole[0]):
+        return f"its log has {len(events)} events, not {len(whole[0])}"
+    return "its weights are others" if weights != whole[1] else ""
+
+
+def torture_training(script, data, n_kills, n_writes):
+    """Like torture(), of a training script; data: a folder of tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        os.symlink(data, home / "data")
+        began = time.perf_counter()
+        whole = finish_training(script, home)
+        seconds = time.perf_counter() - began
+
+    def survives(kills):
+        """(how many of the kills came in time, whether the run's outcome is the same after them)."""
+        with tempfile.TemporaryDirectory() as folder:
+            home = Path(folder)
+            os.symlink(data, home / "data")
+            n = 0
+            for kill in kills:
+                n += kill(home)
+            try:
+                lost = difference(finish_training(script, home), whole)
+            except SystemExit as error:
+                lost = str(error)
+            if lost:
+                say(f"{script}: {lost}")
+            return n, not lost
+
+    def at_random(home):
+        process = start_training([str(ROOT / f"{script}.py")], home)
+        try:
+            process.communicate(timeout=random.uniform(0, seconds))
+            return False
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return True
+
+    def at_write(number, moment):
+        def kill(home):
+            file = home / "killed_at.py"
+            file.write_text(TRAINING_KILLED_AT)
+            process = start_training([str(file), str(number), moment, script], home)
+            process.communicate()
+            return process.returncode == -signal.SIGKILL
+
+        return kill
+
+    done = same = 0
+    while done < n_kills:
+        n, is_same = survives([at_random] * min(KILLS_OF_A_RUN, n_kills - done))
+        done += n
+        same += n * is_same
+    yield script, "at random", done, same
+
+    done = same = number = 0
+    while n_writes is None or number < n_writes:
+        before = done
+        for moment in ("before", "after"):
+            n, is_same = survives([at_write(number + 1, moment)])
+            done += n
+            same += n * is_same
+        if done == before:  # it makes fewer writes
+            break
+        number += 1
+    yield script, f"at {number} writes", done, same
+
+
+def run_scripts(names, args):
+    """The rows of torture_training() of some scripts."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        fineweb.write_sample(data)
+        items = (data / "cloze.jsonl").read_text().splitlines(keepends=True)
+        (data / "cloze.jsonl").write_text("".join(items[:20]))  # scoring all takes longer than the run
+        rows = []
+        for name in names:
+            for row in torture_training(name, data, args.kills, args.writes):
+                say(f"{row[0]}, killed {row[1]}: {row[3]} of {row[2]} whole")
+                rows.append(row)
+    return rows
+
+
+# ==========================================================================
 # Command line
 
 
@@ -223,29 +375,40 @@ def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("what", choices=("writer", "download"), help="what is killed")
+    add("what", choices=("training", "writer", "download"), help="what is killed")
     add("--kills", type=int, metavar="N", default=50, help="kills at random, of each case [50]")
     add("--writes", type=int, metavar="N", help="kill only at the first N writes [all]")
-    add("--case", metavar="NAME", help="only this case, such as --case=--files [all]")
+    add("--case", metavar="NAME", help="only this one, as gpt2 or --case=--files [all]")
     add("--seed", type=int, metavar="N", default=0, help="of the random times [0]")
     args = parse_strictly(parser)
     if args.kills < 0:
         fail(f"--kills {args.kills}: must be at least 0")
     random.seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        if args.what == "writer":
+        if args.what == "training":
+            rows = run_scripts(chosen_scripts(args.case), args)
+        elif args.what == "writer":
             rows = run_cases(*writer_cases(Path(folder)), args)
         else:
             with hub_of(Path(folder)) as hub:
                 environment = {**hub.env(), "RETRY_SECONDS": "0.01"}
                 rows = run_cases(download_cases(), environment, args)
-    print("| case | killed | kills | same bytes after the next run |")
+    print("| case | killed | kills | the same in the end |")
     print("| --- | --- | --: | --: |")
     for row in rows:
         print("| " + " | ".join(map(str, row)) + " |")
     lost = sum(kills - whole for _, _, kills, whole in rows)
     if lost:
         fail(f"{lost} kills lost something")
+
+
+def chosen_scripts(case):
+    """The names of the scripts to kill; case: one architecture, or None for all seven."""
+    names = [f"train_{case}"] if case else [name.removesuffix(".py") for name in SCRIPTS.values()]
+    for name in names:
+        if not (ROOT / f"{name}.py").exists():
+            fail(f"--case {case}: there is no {name}.py")
+    return names
 
 
 def run_cases(cases, environment, args):
