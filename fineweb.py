@@ -1592,6 +1592,18 @@ def one_line(what):
         fail(f"{what} ({error.strerror or error})")
 
 
+def make_folder(folder):
+    """Makes a folder, if it isn't there. Raises SystemExit if that can't be."""
+    with one_line(f"{folder} can't be made a folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_folder(option, path):
+    """Raises SystemExit if the file that an option names is a folder; path may be None."""
+    if path and path.is_dir():
+        fail(f"{option} {path}: is a folder, give the name of a file")
+
+
 def open_log(path, step):
     """Opens a run's log.jsonl for appending, without its lines on this step and later ones.
 
@@ -1650,7 +1662,9 @@ def write_atomic(path, write, advice="run the same command again to go on"):
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        fail(f"{path} can't be written ({reason}): make room, then {advice}")
+        full = isinstance(error, RuntimeError) or error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+        cure = "make room" if full else "mend that"
+        fail(f"{path} can't be written ({reason}): {cure}, then {advice}")
 
 
 def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):

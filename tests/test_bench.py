@@ -101,6 +101,8 @@ def test_the_peak_is_the_data_sheets_where_it_is_known(monkeypatch):
     (["llama", "--set", "n_expert=4"], "train_llama.py has no option n_expert"),
     (["llama", "--set", "block_size=long"], "'long' is not of type int"),
     (["--repeats", "0"], "at least 1"),
+    (["gpt2", "--gpus", "0"], "--gpus must be at least 1"),
+    (["gpt2", "--json", "."], "--json .: is a folder, give the name of a file"),
     (["--swift"], "--swift"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(arguments, expected, call):

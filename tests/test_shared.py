@@ -111,6 +111,21 @@ def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_and_a_folder_in_each_others_place_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for action in (
+        lambda: fineweb.make_folder(tmp_path / "file"),
+        lambda: fineweb.make_folder(tmp_path / "file/folder"),
+        lambda: fineweb.refuse_folder("--json", tmp_path),
+        lambda: fineweb.write_atomic(tmp_path, lambda f: f.write(b"")),
+    ):
+        with pytest.raises(SystemExit) as error:
+            action()
+        assert str(tmp_path) in error.value.code and "\n" not in error.value.code
+    assert "(Is a directory): mend that, then" in error.value.code
+    fineweb.refuse_folder("--json", None)
+
+
 class Unlucky:
     """Fails with these errors one after the other, then returns "done"."""
 

@@ -363,14 +363,14 @@ def measure(name, rows, options, args, results):
 
 
 def write_results(path, results):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    fineweb.make_folder(path.parent)
     facts = {
         "command": "python -m tools.bench " + " ".join(sys.argv[1:]),
         "git": fineweb.git_version(ROOT),
         "cpus": os.cpu_count(),
         "results": results,
     }
-    path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    fineweb.write_atomic(path, lambda f: f.write(json.dumps(facts, indent=1).encode()))
 
 
 def main():
@@ -401,6 +401,9 @@ def main():
             fineweb.fail(f"there is no {name}: choose from {', '.join(names())}")
     if args.repeats < 1 or args.warm_up < 0 or min(args.micro_batch or [1]) < 1:
         fineweb.fail("--repeats and --micro_batch must be at least 1, --warm_up at least 0")
+    if min(args.gpus) < 1:
+        fineweb.fail("--gpus must be at least 1")
+    fineweb.refuse_folder("--json", args.json)
     chosen = args.names or names()
     options = parse_settings(args.set, chosen)
     sizes = args.micro_batch or [default_micro_batch(args, options)]

@@ -56,7 +56,7 @@ class Figures:
             benches = json.loads(self.path.read_text())
         benches[self.what] = {**self.about, "figures": self.values}
         content = json.dumps(benches, indent=1) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fineweb.make_folder(self.path.parent)
         fineweb.write_atomic(self.path, lambda f: f.write(content.encode()))
 
     def print(self):
@@ -377,6 +377,7 @@ def main():
     add("--hellaswag", type=Path, default=Path(hellaswag.DEFAULT_FILE), help="scorer: the items")
     add("--items", type=int, default=512, help="scorer: how many of them [512]")
     args = fineweb.parse_strictly(parser)
+    fineweb.refuse_folder("--json", args.json)
     figures = Figures(args.json, args.what)
     BENCHES[args.what](args, figures)
     figures.print()

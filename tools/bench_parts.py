@@ -122,6 +122,7 @@ def main():
             fineweb.fail(f"there is no {part}: choose from {', '.join(PARTS)}")
     if args.repeats < 1:
         fineweb.fail("--repeats must be at least 1")
+    fineweb.refuse_folder("--json", args.json)
     device = torch.device(args.device)
     results = {}
     for part in args.parts or PARTS:
@@ -134,8 +135,8 @@ def main():
             "device": str(device),
             "seconds": results,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        fineweb.make_folder(args.json.parent)
+        fineweb.write_atomic(args.json, lambda f: f.write(json.dumps(facts, indent=1).encode()))
 
 
 if __name__ == "__main__":

@@ -437,7 +437,7 @@ def save_reference(path, pools):
     facts = {"script": pool.first.facts["script"], "conditions": conditions(pool.first)}
     lines = reference_lines([run.val for run in pool.runs])
     content = "".join(json.dumps(line | facts) + "\n" for line in lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    fineweb.make_folder(path.parent)
     fineweb.write_atomic(path, lambda f: f.write(content.encode()))
     print(f"{path}: the band of {len(pool.runs)} run(s) at {len(lines)} steps")
     if len(pool.runs) == 1:
@@ -565,7 +565,7 @@ def group_report(group, keys):
 
 def report(out, pools, left_out, repeats=()):
     """Writes the tables, pictures and page into a folder; returns the Markdown."""
-    out.mkdir(parents=True, exist_ok=True)
+    fineweb.make_folder(out)
     parts = ["# Which is better, and is it real?"]
     pictures = []
     papers = any(by_paper(pool.first) for pool in pools)
@@ -628,6 +628,7 @@ def run_command(args):
         raise SystemExit(1 if outside or left_out else 0)
     runs, repeats = without_repeats(runs)
     pools = pool_runs(runs)
+    fineweb.refuse_folder("--save_reference", args.save_reference)
     if args.save_reference:
         save_reference(args.save_reference, pools)
     else:

@@ -700,7 +700,7 @@ def main():
     signal.signal(signal.SIGTERM, stopped)
     signal.signal(signal.SIGINT, stopped)
     out = args.suite
-    out.mkdir(parents=True, exist_ok=True)
+    fineweb.make_folder(out)
     out = out.resolve()
     chosen = args.only or bench.names()
     ordered = [name for name in CHEAP_FIRST if name in chosen]
