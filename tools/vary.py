@@ -533,7 +533,7 @@ def refresh():
 
 
 def show_list():
-    """Prints each variant's name, its number of changed lines and what it is."""
+    """Prints each variant's name and what it is."""
     width = max(map(len, variants()), default=0)
     for name in variants():
         patch = read_patch(name)
