@@ -240,6 +240,11 @@ def compare_pairs(pools, key):
     return differences
 
 
+def listed(names):
+    """Names in a row; those that have a comma themselves, as "rwkv, recipe shared", in brackets."""
+    return ", ".join(f"({name})" if "," in name else name for name in names)
+
+
 def headline(ranked, differences):
     """The result in words. ranked: the finished runs.Pool, that with the lowest loss first."""
     if not ranked:
@@ -264,11 +269,11 @@ def headline(ranked, differences):
         elif pair.verdict() == UNTOLD:
             untold.append(other.name)
     if untold:
-        text += f"; it can't be told from {', '.join(untold)}"
+        text += f"; it can't be told from {listed(untold)}"
     if unsaid and len(best.runs) == 1:
         text += "; of the architectures one seed says nothing"
     elif unsaid:
-        text += f"; one seed says nothing of {', '.join(unsaid)}"
+        text += f"; one seed says nothing of {listed(unsaid)}"
     if not untold and not unsaid:
         text += ", and that is lower than the loss of each other one"
     return text + "."
