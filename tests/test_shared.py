@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -202,7 +203,7 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     with pytest.raises(SystemExit, match=f"new is in use by {name}: do something else$"):
         fineweb.lock_folder(folder, "do something else")
     waiting = subprocess.Popen([sys.executable, "-c", LOCKER, folder, "wait"], **options)
-    time.sleep(1)
+    assert waiting.stdout.readline().endswith(f"process {first.pid} on {socket.gethostname()}: waiting for it\n")
     first.kill()
     first.wait()
     assert waiting.stdout.readline() == "locked\n"

@@ -2,7 +2,7 @@
 Kills training, the writer or the downloads over and over, runs them again, and
 compares the outcome with that of a run that was never killed.
 
-    python -m tools.torture training --kills 15   # each of seven scripts, --tiny
+    python -m tools.torture training --kills 15   # each of the seven scripts
     python -m tools.torture writer --kills 50     # --files, --sample
     python -m tools.torture download --kills 50   # FineWeb, ready-made
 
@@ -225,7 +225,7 @@ def torture(name, options, environment, n_kills, n_writes):
 # the one before left, and then it is run to its end.
 SHORT_RUN = [
     "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4",
-    "--warmup_steps=2", "--max_steps=40", "--eval_every=4", "--run_name=run", "--data_dir=data",
+    "--warmup_steps=2", "--max_steps=24", "--eval_every=4", "--run_name=run", "--data_dir=data",
 ]  # fmt: skip
 KILLS_OF_A_RUN = 5
 # The same as KILLED_AT of a training script
