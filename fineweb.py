@@ -1552,7 +1552,7 @@ def lock_folder(folder, advice, wait=False):
         return
     lock = filelock.FileLock(place / ".lock")
     holder = place / ".lock.holder"
-    with one_line(f"{folder} can't be written"):
+    with one_line(f"{folder} can't be written: choose a place where you may write"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -1864,8 +1864,11 @@ def keep_copy(file, folder):
     write_atomic(copy, lambda f: f.write(content))
 
 
-def load_whole(path):
-    """A checkpoint, on the CPU. Raises ValueError, with the reason, if it is damaged."""
+def load_whole(path, script, make_model):
+    """A checkpoint, on the CPU. Raises ValueError, with the reason, if it is damaged.
+
+    script: the script's file, and make_model(config) its model for a checkpoint's config, a dict.
+    """
     import torch
 
     try:
@@ -1878,10 +1881,26 @@ def load_whole(path):
             raise ValueError(f"it has no {', '.join(sorted(lacks))}")
         if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
             raise ValueError("a weight is not finite")
+        if checkpoint.get("script_hash") == script_hash(script):  # a changed script's may be others
+            check_shapes(checkpoint, make_model)
     except Exception as error:  # such a file can raise anything
         reason = str(error).splitlines() or [type(error).__name__]
         raise ValueError(reason[0]) from error
     return checkpoint
+
+
+def check_shapes(checkpoint, make_model):
+    """Raises ValueError if a checkpoint's weights are not those of the model of its config."""
+    import torch
+
+    with torch.device("meta"):  # shapes without memory
+        try:
+            model = make_model(checkpoint["config"])
+        except TypeError:  # another version's fields, which is not for us to say
+            return
+    shapes = {name: tensor.shape for name, tensor in checkpoint["model"].items()}
+    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+        raise ValueError("its weights are not those of its config")
 
 
 def end_with_parent():

@@ -563,7 +563,7 @@ def load_checkpoint(folder):
     """The newest checkpoint that can be read, or None. A damaged one is skipped with a line."""
     for path in reversed(checkpoint_paths(folder)):
         try:
-            return fineweb.load_whole(path)
+            return fineweb.load_whole(path, __file__, lambda config: Model(Config(**config)))
         except ValueError as reason:
             say(f"{path} is damaged ({reason}): using the one before it")
     return None

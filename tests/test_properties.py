@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_noticed_or_does_not_matter(checkpoint, place, b
         path = Path(folder) / "step_000003.pt"
         path.write_bytes(damaged)
         try:
-            loaded = fineweb.load_whole(path)
+            loaded = fineweb.load_whole(path, __file__, None)
         except ValueError as reason:
             assert "\n" not in str(reason)
         else:  # the bit was in a gap between the parts of the file

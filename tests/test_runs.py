@@ -246,7 +246,8 @@ def test_a_checkpoint_of_another_version_is_refused(small, tmp_path):
     folder = tmp_path / "log/a"
     path = tmp_path / "log/a/step_000001.pt"
     checkpoint = torch.load(path, weights_only=True)
-    for change in ({"format": 1}, {"config": checkpoint["config"] | {"width": 3}}):
+    older = {"script_hash": "0123456789abcdef"}
+    for change in ({"format": 1}, older | {"config": checkpoint["config"] | {"width": 3}}):
         torch.save(checkpoint | change, path)
         status, said = small("--run_name=a", "--resume", "--max_steps=2")
         assert status == 1 and said == (
@@ -274,10 +275,10 @@ def test_a_changed_script_is_said_and_weights_that_do_not_fit_are_one_line(small
     for change in (lambda model: model.pop("wpe.weight"), lambda model: model.update({"wpe.weight": torch.zeros(3)})):
         model = dict(checkpoint["model"])
         change(model)
-        torch.save(checkpoint | {"model": model}, path)
+        torch.save(checkpoint | {"script_hash": "0123456789abcdef", "model": model}, path)
         status, said = small("--run_name=a", "--eval")
-        assert status == 1 and said.startswith("the checkpoint's weights don't fit this script's Model")
-        assert said.count("\n") == 1
+        assert status == 1 and said.count("\n") == 2
+        assert said.splitlines()[1].startswith("the checkpoint's weights don't fit this script's Model")
 
 
 def test_the_copy_of_a_changed_script_is_put_beside_the_first(small, tmp_path, monkeypatch):
@@ -634,6 +635,18 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def missing_weight(path):
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["model"]["wpe.weight"]
+    torch.save(checkpoint, path)
+
+
+def wrong_shape(path):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["wpe.weight"] = torch.zeros(3)
+    torch.save(checkpoint, path)
+
+
 def nan_weight(path):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["model"]["wte.weight"][3] = float("nan")
@@ -643,6 +656,8 @@ def nan_weight(path):
 @pytest.mark.parametrize("damage, reason", [
     (flip_a_bit, "has another checksum"),
     (nan_weight, "a weight is not finite"),
+    (missing_weight, "its weights are not those of its config"),
+    (wrong_shape, "its weights are not those of its config"),
     (lambda path: torch.save([1, 2], path), "has no"),
     (lambda path: torch.save({"step": 4}, path), "it has no config, data, format, model, script"),
 ])  # fmt: skip
