@@ -161,7 +161,8 @@ def convolve(maps, kernel, rows_above):
     """
     H, P, S = kernel.shape
     maps = F.pad(maps, (S // 2, S // 2, rows_above, 0))
-    maps = maps.contiguous(memory_format=torch.channels_last)  # three times as fast on a CPU
+    if maps.device.type == "cpu":  # three times as fast there
+        maps = maps.contiguous(memory_format=torch.channels_last)
     return F.conv2d(maps, kernel[:, None], groups=H)
 
 
