@@ -679,7 +679,7 @@ def test_run_again_needs_room_only_for_what_is_missing(tmp_path, monkeypatch, ca
     (["--pretokenized", "--shard_tokens", "5000"], "--pretokenized and --shard_tokens don't go together"),
     (["--files", "."], ". is not a file"),
     (["--files", "a.txt", "--out", "a.txt"], "a.txt is a file: choose another --out"),
-    (["--files", "a.txt", "--out", "a.txt/b"], "can't be written (Not a directory)"),
+    (["--files", "a.txt", "--out", "a.txt/b"], "can't be written: choose a place where you may write (Not a directory)"),
     (["--files", "a.txt", "--out", "a" * 300], "File name too long"),
     (["--verify", "--out", "a.txt"], "a.txt is a file: choose another --out"),
     (["--sample", "--out", "a.txt"], "a.txt is a file: choose another --out"),
