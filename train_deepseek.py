@@ -114,7 +114,7 @@ MAY_CHANGE = (
     "train_shards val_tokens hellaswag run_name eval_every log_every prompt samples sample_tokens "
     "temperature top_k micro_batch device dtype compile"
 ).split()
-# --tiny: a run that learns English spelling in two minutes on a laptop
+# --tiny: a run that learns English spelling in a few minutes on a laptop
 TINY_RUN = dict(
     vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000, warmup_steps=50,
     max_lr=2e-3, min_lr=2e-4, data_dir="data/sample", val_tokens=65_536,

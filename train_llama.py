@@ -7,7 +7,7 @@ LayerNorm, four query heads to each head of keys and values, a SwiGLU MLP, and
 no biases. The head is tied to the embedding, as in Llama 3.2.
 123,587,328 parameters with the vocabulary padded to 50,304.
 
-    python train_llama.py --tiny    # two minutes on a laptop
+    python train_llama.py --tiny    # a few minutes on a laptop
     python train_llama.py           # on one GPU
     torchrun --standalone --nproc_per_node=8 train_llama.py    # on eight
     python train_llama.py --resume  # continue from the last checkpoint
@@ -92,7 +92,7 @@ MAY_CHANGE = (
     "train_shards val_tokens hellaswag run_name eval_every log_every prompt samples sample_tokens "
     "temperature top_k micro_batch device dtype compile"
 ).split()
-# --tiny: a run that learns English spelling in two minutes on a laptop
+# --tiny: a run that learns English spelling in a few minutes on a laptop
 TINY_RUN = dict(
     vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000, warmup_steps=50,
     max_lr=2e-3, min_lr=2e-4, data_dir="data/sample", val_tokens=65_536,
