@@ -514,7 +514,7 @@ def test_names_say_what_differs():
     assert names(few, plain) == ["llama, n_kv_head 12", "llama, n_kv_head 3"]
     third = make_run("train_llama", "log/c", n_head=12, n_kv_head=3, n_layer=2, n_embd=96)
     assert names(few, plain, third) == ["llama (a)", "llama (b)", "llama (c)"]  # three fields: too long
-    today = reading.hash_file(ROOT / "train_llama.py")
+    today = fineweb.script_hash(ROOT / "train_llama.py")
     edited = make_run("train_llama", "log/d", script_hash="0123")
     assert names(edited) == ["llama"]
     assert names(edited, make_run("train_llama", script_hash=today)) == ["llama", "llama, edited script"]
@@ -610,7 +610,7 @@ def with_script(folder, *texts):
         script = folder.parent / "train_gpt2.py"
         script.write_text(text)
         fineweb.keep_copy(script, folder)
-        script_hash = reading.hash_file(script)
+        script_hash = fineweb.script_hash(script)
         script.unlink()
     lines = (folder / "log.jsonl").read_text().splitlines()
     lines[0] = json.dumps({**json.loads(lines[0]), "script_hash": script_hash})

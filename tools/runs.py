@@ -22,8 +22,7 @@ VARYING_FIELDS = (
     "run_name", "data_dir", "hellaswag", "device", "micro_batch", "compile", "log_every", "prompt",
     "sample_tokens", "temperature", "top_k", "samples",
 )  # fmt: skip
-HASH_DIGITS = 16  # of the sha256 of a script's file that the logs have
-# Logs from before these fields were renamed, such as results/demo's: {script: {old name: today's}}
+# Logs from before these fields were renamed: {script: {old name: today's}}
 RENAMED_FIELDS = {
     "train_deepseek": {"expert_width": "n_inner_expert", "dense_width": "n_inner"},
     "train_rwkv": {"n_ffn": "n_inner"},
@@ -159,23 +158,10 @@ def fixed_conditions(start):
     return {name: start["config"][name] for name in names} | start["data"]
 
 
-def hash_file(path):
-    """A script's hash as the logs have it."""
-    return fineweb.sha256(path)[:HASH_DIGITS]
-
-
-def script_copies(folder, name):
-    """The copies of a script in a run's folder, train_x.py, train_x.2.py and so on, the newest last."""
-    copies = [folder / f"{name}.py"]
-    while copies[-1].is_file():
-        copies.append(folder / f"{name}.{len(copies) + 1}.py")
-    return copies[:-1]
-
-
 def find_copy(folder, name, script_hash):
     """The copy of a script with a hash, the newest one if the hash is None; None if there is no such copy."""
-    for copy in reversed(script_copies(folder, name)):
-        if script_hash in (None, hash_file(copy)):
+    for copy in reversed(fineweb.script_copies(folder, name)):
+        if script_hash in (None, fineweb.script_hash(copy)):
             return copy
     return None
 
@@ -189,7 +175,7 @@ def trained_hash(folder, training):
     if hashes:
         return hashes[-1], len(set(hashes)) > 1
     copy = find_copy(folder, training[-1]["script"], None)
-    return (hash_file(copy) if copy else None), False
+    return (fineweb.script_hash(copy) if copy else None), False
 
 
 def read_labels(folder, key):
@@ -419,4 +405,4 @@ def is_edited(run):
     script = find_script(run)
     if script is None or run.script_hash is None:
         return False
-    return hash_file(Path(script.__file__)) != run.script_hash
+    return fineweb.script_hash(Path(script.__file__)) != run.script_hash
