@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -1834,6 +1835,12 @@ def git_version(folder):
 def script_hash(file):
     """The first 16 digits of a script's sha256."""
     return sha256(file)[:16]
+
+
+@functools.cache
+def hash_at_start(file):
+    """script_hash() as it was when first asked for: the file may be edited while the script runs."""
+    return script_hash(file)
 
 
 def script_copies(folder, name):

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fineweb import fail, parse_strictly, retrying, say, with_estimate, write_atomic
+from fineweb import fail, make_folder, parse_strictly, retrying, say, with_estimate, write_atomic
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -102,10 +102,7 @@ def download(path):
         return response.content
 
     content = retrying("the HellaSwag validation set", get, pauses=(1, 2, 4))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{path} can't be written ({error.strerror})")
+    make_folder(path.parent)
     write_atomic(path, lambda f: f.write(content))
 
 

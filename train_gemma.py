@@ -562,7 +562,7 @@ def checkpoint_paths(folder):
 def save_checkpoint(folder, step, config, data, model, optimizer, scaler):
     """Writes folder/step_N.pt with all that --resume needs, whole or not at all; keeps the last two."""
     checkpoint = {
-        "format": CHECKPOINT_FORMAT, "script": SCRIPT, "script_hash": fineweb.script_hash(__file__),
+        "format": CHECKPOINT_FORMAT, "script": SCRIPT, "script_hash": fineweb.hash_at_start(__file__),
         "step": step,  # also the position in the data: a batch is a function of seed and step
         "config": dataclasses.asdict(config), "data": data,
         "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
@@ -627,7 +627,7 @@ def resumed_config(checkpoint, given, folder, asked):
     names = {field.name for field in dataclasses.fields(Config)}
     if checkpoint["format"] != CHECKPOINT_FORMAT or old.keys() != names:
         fail(f"the checkpoint is of another version of this script: run its copy, {its_copy}")
-    if checkpoint["script_hash"] != fineweb.script_hash(__file__):
+    if checkpoint["script_hash"] != fineweb.hash_at_start(__file__):
         say(f"note: {SCRIPT}.py has changed since this checkpoint; its copy runs by {its_copy}")
     for name, value in given.items():
         can_change = name in MAY_CHANGE or (name == "seed" and asked.sample is not None)
@@ -796,7 +796,7 @@ def main():
 
     # ---- the run's folder and log
     facts = {
-        "script": SCRIPT, "script_hash": fineweb.script_hash(script),
+        "script": SCRIPT, "script_hash": fineweb.hash_at_start(__file__),
         "git": fineweb.git_version(script.parent), "torch": torch.__version__, "device": machine.name,
         "processes": world, "dtype": f"{machine.dtype} ({machine.why})",
         "micro_batch": micro_batch, "micro_steps": micro_steps,

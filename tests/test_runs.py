@@ -293,6 +293,23 @@ def test_the_copy_of_a_changed_script_is_put_beside_the_first(small, tmp_path, m
     assert copies == {"train_gpt2.py": first, "train_gpt2.2.py": first + b"# changed\n"}
 
 
+def test_a_script_that_is_edited_while_it_runs_is_known_by_the_text_that_runs(small, tmp_path, monkeypatch):
+    script = tmp_path / "train_gpt2.py"
+    script.write_bytes((ROOT / "train_gpt2.py").read_bytes())
+    monkeypatch.setattr(train_gpt2, "__file__", str(script))
+
+    def edited(*arguments):
+        with open(script, "a") as f:
+            f.write("# edited\n")
+        return []
+
+    monkeypatch.setattr(fineweb, "catch_signals", edited)
+    assert small("--max_steps=1", "--run_name=a")[0] == 0
+    trained = fineweb.script_hash(tmp_path / "log/a/train_gpt2.py")
+    assert torch.load(tmp_path / "log/a/step_000001.pt", weights_only=True)["script_hash"] == trained
+    assert trained != fineweb.script_hash(script)
+
+
 def test_the_copy_of_the_script_runs_from_the_runs_folder(small, small_sample, tmp_path):
     assert small("--max_steps=2", "--run_name=a")[0] == 0
     (loss,) = [event["loss"] for event in events(tmp_path / "log/a", "val") if event["step"] == 2]

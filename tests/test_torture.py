@@ -68,6 +68,7 @@ def test_what_is_lost_is_found(run, monkeypatch):
     """A program that leaves something else each time, and one that fails after each kill."""
     runs = iter(range(100))
     monkeypatch.setattr(torture, "finish", lambda *args: {"a.bin": str(next(runs)).encode()})
+    monkeypatch.setattr(torture, "start", lambda *args: None)
     monkeypatch.setattr(torture, "kill_at_random", lambda *args: True)
     options = ["writer", "--case=--files", "--kills", "3", "--writes", "0"]
     status, said = run(torture, *options)

@@ -146,9 +146,8 @@ def content_of(folder):
     return content
 
 
-def kill_at_random(options, out, environment, seconds):
-    """Kills a run at a random time within so many seconds; whether it was still running."""
-    process = start([str(ROOT / "fineweb.py"), *options], out, environment)
+def kill_at_random(process, seconds):
+    """Kills a process at a random time within so many seconds; whether it was still running."""
     try:
         process.communicate(timeout=random.uniform(0, seconds))
         return False
@@ -197,7 +196,8 @@ def torture(name, options, environment, n_kills, n_writes):
 
     results = []
     while len(results) < n_kills:
-        survived = survives(lambda out: kill_at_random(options, out, environment, seconds))
+        command = [str(ROOT / "fineweb.py"), *options]
+        survived = survives(lambda out: kill_at_random(start(command, out, environment), seconds))
         if survived is not None:
             results.append(survived)
     yield name, "at random", len(results), sum(results)
@@ -313,14 +313,7 @@ def torture_training(script, data, n_kills, n_writes):
             return n, not lost
 
     def at_random(home):
-        process = start_training([str(ROOT / f"{script}.py")], home)
-        try:
-            process.communicate(timeout=random.uniform(0, seconds))
-            return False
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return True
+        return kill_at_random(start_training([str(ROOT / f"{script}.py")], home), seconds)
 
     def at_write(number, moment):
         def kill(home):
