@@ -74,6 +74,7 @@ class Config:
     val_tokens: int = option(10_485_760, "tokens of the validation shard to use, as in llm.c")
     hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set; downloaded if missing")
     run_name: str = option("", "the run's folder is log/NAME (default: the architecture's name)")
+    init_from: str = option("", "weights to start from: a checkpoint, or the folder of a run")
     eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
     log_every: int = option(1, "steps between lines on the screen; log.jsonl has every step")
     prompt: str = option("Hello, I'm a language model,", "what the samples continue")
@@ -592,6 +593,31 @@ def open_run(folder, asked):
     return None
 
 
+def open_weights(path):
+    """The checkpoint that --init_from names: a file, or a run's folder for its newest one."""
+    path = Path(path)
+    if not path.exists():
+        fail(f"--init_from {path} does not exist: name a checkpoint or the folder of a run")
+    if path.is_dir():
+        checkpoint = load_checkpoint(path)
+        if checkpoint is None:
+            fail(f"--init_from {path} holds no checkpoint that can be read")
+        return checkpoint
+    try:
+        return fineweb.load_whole(path, __file__, lambda config: Model(Config(**config)))
+    except ValueError as reason:
+        fail(f"--init_from {path} is not a whole checkpoint: {reason}")
+
+
+def initial_config(config, initial, given):
+    """The Config of a run that starts from the checkpoint initial: its model, but for what is given."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    of_model = names[: names.index("block_size") + 1]  # the architecture's fields come first
+    old = initial["config"]
+    taken = {name: old[name] for name in of_model if name in old and name not in given}
+    return dataclasses.replace(config, **taken)
+
+
 def refuse_old_run(folder):
     """Raises SystemExit if a new run would overwrite what is in the folder."""
     if checkpoint_paths(folder):
@@ -631,8 +657,8 @@ def make_model(config, checkpoint, machine):
             model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            fail(f"the checkpoint's weights don't fit this script's Model ({reason[:80]}): "
-                 f"run the copy of the script in the run's folder")  # fmt: skip
+            fail(f"the checkpoint's weights don't fit this script's Model ({reason[:80]}): leave out "
+                 "options for its shape, or run the copy of the script in the run's folder")  # fmt: skip
     return model.to(machine.device)
 
 
@@ -710,8 +736,12 @@ def main():
     default_name = SCRIPT.removeprefix("train_") + ("-tiny" if asked.tiny else "")
     folder = fineweb.run_folder(config.run_name or default_name)
     checkpoint = open_run(folder, asked)
+    initial = None  # the checkpoint of another run, whose weights a new one starts from
     if checkpoint:
         config = resumed_config(checkpoint, given, folder, asked)
+    elif config.init_from:
+        initial = open_weights(config.init_from)
+        config = initial_config(config, initial, given)
     world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
     fineweb.check_run(config, world)
     first_step = checkpoint["step"] if checkpoint else 0
@@ -735,6 +765,9 @@ def main():
     batch_rows = config.batch_tokens // config.block_size
     trained_on = checkpoint["data"] if checkpoint else None
     data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, trained_on)
+    if initial and initial["data"]["tokenizer"] != data["tokenizer"]:
+        fail(f"--init_from {config.init_from} was trained on tokens of {initial['data']['tokenizer']}, "
+             f"but {config.data_dir} has those of {data['tokenizer']}")  # fmt: skip
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
     loader = fineweb.Loader(train, batch_rows, config.seed, machine.rank, world, device,
@@ -745,7 +778,7 @@ def main():
 
     # ---- the model
     fineweb.check_size(lambda: Model(config), device)
-    model = make_model(config, checkpoint, machine)
+    model = make_model(config, checkpoint or initial, machine)
     fineweb.warn_if_slow(config, model.flops_per_token(), world, device)
 
     # ---- the batch: every process takes an equal share of its rows, in micro-batches
@@ -764,7 +797,7 @@ def main():
             scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["rng"])
     is_new = checkpoint is None
-    checkpoint = None  # gives its memory back
+    checkpoint = initial = None  # gives their memory back
 
     # ---- three names for the same weights: model for checkpoints, samples and HellaSwag, whose many
     # shapes would each be compiled anew; compiled for speed; net to train, on all processes
