@@ -72,7 +72,7 @@ class Config:
     val_tokens: int = option(10_485_760, "tokens of the validation shard to use, as in llm.c")
     hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set; downloaded if missing")
     run_name: str = option("", "the run's folder is log/NAME (default: the architecture's name)")
-    init_from: str = option("", "weights to start from: a checkpoint, or the folder of a run")
+    init_from: str = option("", "a checkpoint whose weights the run starts from")
     eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
     log_every: int = option(1, "steps between lines on the screen; log.jsonl has every step")
     prompt: str = option("Hello, I'm a language model,", "what the samples continue")
@@ -546,15 +546,7 @@ def open_run(folder, asked):
 
 
 def open_weights(path):
-    """The checkpoint that --init_from names: a file, or a run's folder for its newest one."""
-    path = Path(path)
-    if not path.exists():
-        fail(f"--init_from {path} does not exist: name a checkpoint or the folder of a run")
-    if path.is_dir():
-        checkpoint = load_checkpoint(path)
-        if checkpoint is None:
-            fail(f"--init_from {path} holds no checkpoint that can be read")
-        return checkpoint
+    """The checkpoint of another run that --init_from names. Raises SystemExit if there is none."""
     try:
         return fineweb.load_whole(path, __file__, lambda config: Model(Config(**config)))
     except ValueError as reason:
@@ -688,7 +680,7 @@ def main():
     default_name = SCRIPT.removeprefix("train_") + ("-tiny" if asked.tiny else "")
     folder = fineweb.run_folder(config.run_name or default_name)
     checkpoint = open_run(folder, asked)
-    initial = None  # the checkpoint of another run, whose weights a new one starts from
+    initial = None  # another run's checkpoint, whose weights this one starts from
     if checkpoint:
         config = resumed_config(checkpoint, given, folder, asked)
     elif config.init_from:

@@ -326,6 +326,8 @@ def test_the_commands_that_import_prints_work(tokenizer, tmp_path, monkeypatch, 
     status, said = run(export, "--from", "theirs", "--out", "log/my run")
     assert status == 0
     sample, evaluate = printed_commands(said)
+    (tune,) = re.findall("^To fine-tune it: (.*), see the README$", said, re.MULTILINE)
+    assert tune == "python train_gpt2.py --init_from 'log/my run/step_000000.pt'"
     assert sample == "python train_gpt2.py --run_name 'my run' --sample \"Hello\""
     if tokenizer == "bytes":
         get, evaluate = evaluate.split(" && ")
@@ -344,6 +346,14 @@ def test_the_commands_that_import_prints_work(tokenizer, tmp_path, monkeypatch, 
     data_dir = "data/sample" if tokenizer == "bytes" else "data/fineweb10B"
     assert loss == pytest.approx(mean_loss(theirs, data_dir, 1920), rel=1e-5)
     assert ("cloze" in said) == (tokenizer == "bytes")
+
+    # and training starts at the loss of the weights that were imported
+    options += ["--run_name=tuned", f"--data_dir={data_dir}", "--max_steps=1", "--warmup_steps=0", "--batch_tokens=192"]
+    status, said = run(script, *shlex.split(tune)[2:], *options)
+    assert status == 0, said
+    events = map(json.loads, Path("log/tuned/log.jsonl").read_text().splitlines())
+    first, after = [event["loss"] for event in events if event["event"] == "val"]
+    assert first == pytest.approx(loss, rel=1e-5) and after != first
 
 
 def test_the_next_command_in_a_fresh_process(tmp_path, run):

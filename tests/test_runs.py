@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import fineweb
+import train_deepseek
 import train_gpt2
 
 SMALL = ["--tiny", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_tokens=512", "--val_tokens=1024",
@@ -279,6 +280,79 @@ def test_a_changed_script_is_said_and_weights_that_do_not_fit_are_one_line(small
         status, said = small("--run_name=a", "--eval")
         assert status == 1 and said.count("\n") == 2
         assert said.splitlines()[1].startswith("the checkpoint's weights don't fit this script's Model")
+
+
+# ---- from the weights of another run
+
+
+@pytest.mark.parametrize("script", [train_gpt2, train_deepseek])  # one with buffers, too
+def test_a_run_starts_at_the_loss_of_the_checkpoint_that_it_is_initialised_from(script, run, small_sample, tmp_path):
+    shape = ["--n_layer=2", "--block_size=32", "--batch_tokens=512", "--val_tokens=1024", "--sample_tokens=4"]
+    common = ["--tiny", f"--data_dir={small_sample}", *shape, "--warmup_steps=1"]
+    assert run(script, *common, "--max_steps=3", "--run_name=a", "--max_lr=0.02")[0] == 0
+    before, after = (event["loss"] for event in events(tmp_path / "log/a", "val"))
+    assert after < before - 0.05
+    # the shape comes with the weights, but for what is given; data, schedule and seed are the new run's
+    options = [f"--data_dir={small_sample}", "--batch_tokens=512", "--val_tokens=1024", "--sample_tokens=4"]
+    options += ["--max_steps=2", "--warmup_steps=0", "--seed=7", "--init_from=log/a/step_000003.pt"]
+    status, said = run(script, *options, "--run_name=b")
+    assert status == 0, said
+    first, _ = (event["loss"] for event in events(tmp_path / "log/b", "val"))
+    assert first == after
+    (facts,) = events(tmp_path / "log/b", "run")
+    config = facts["config"]
+    assert config["n_layer"] == 2 and config["n_embd"] == 128 and config["block_size"] == 32
+    assert config["seed"] == 7 and config["max_steps"] == 2 and config["batch_tokens"] == 512
+    assert config["init_from"] == "log/a/step_000003.pt" and facts["first_step"] == 0
+    # it has its own optimizer: the first step is AdamW's first, which moves each weight by about the rate
+    start = weights(tmp_path / "log/b", 0)
+    assert_same(start, weights(tmp_path / "log/a", 3))
+    optimizer = torch.load(tmp_path / "log/b/step_000000.pt", weights_only=True)["optimizer"]
+    assert optimizer == {}
+    # resumed it doesn't ask for the other run any more
+    shutil.rmtree(tmp_path / "log/a")
+    status, said = run(script, "--run_name=b", "--resume", "--max_steps=3")
+    assert status == 0, said
+    assert len(events(tmp_path / "log/b", "train")) == 3
+
+
+def test_an_initialised_run_resumes_bit_for_bit(small, tmp_path):
+    assert small("--max_steps=2", "--run_name=a")[0] == 0
+    start = "--init_from=log/a/step_000002.pt"
+    assert small(start, "--max_steps=4", "--run_name=whole")[0] == 0
+    assert small(start, "--max_steps=4", "--run_name=parts", "--eval_every=2")[0] == 0
+    (tmp_path / "log/parts/step_000004.pt").unlink()
+    assert small("--run_name=parts", "--resume")[0] == 0
+    assert_same(weights(tmp_path / "log/whole", 4), weights(tmp_path / "log/parts", 4))
+    status, said = small("--run_name=parts", "--resume", "--max_steps=5", "--init_from=log/whole/step_000004.pt")
+    assert status == 1 and said.startswith("--init_from log/whole/step_000004.pt: the checkpoint has log/a/step_000002.pt")
+
+
+def test_weights_that_a_run_cannot_start_from_are_one_line(small, small_sample, tmp_path):
+    assert small("--max_steps=1", "--run_name=a")[0] == 0
+    path = "log/a/step_000001.pt"
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    wrong = {
+        "nowhere.pt": "--init_from nowhere.pt is not a whole checkpoint: [Errno 2] No such file",
+        "text.pt": "--init_from text.pt is not a whole checkpoint: File is not a zip file",
+        "log/a": "--init_from log/a is not a whole checkpoint: [Errno 21] Is a directory",
+    }
+    for file, expected in wrong.items():
+        status, said = small(f"--init_from={file}", "--max_steps=1", "--run_name=b")
+        assert status == 1 and said.startswith(expected) and said.count("\n") == 1
+    # SMALL gives the width, and this is another one
+    status, said = small(f"--init_from={path}", "--n_embd=32", "--max_steps=1", "--run_name=b")
+    assert status == 1 and "the checkpoint's weights don't fit this script's Model" in said.splitlines()[-1]
+    others = shutil.copytree(small_sample, tmp_path / "others")
+    manifest = json.loads((others / "manifest.json").read_text())
+    (others / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "gpt2"}))
+    status, said = small(f"--init_from={path}", f"--data_dir={others}", "--max_steps=1", "--run_name=b")
+    assert status == 1
+    assert said == f"--init_from {path} was trained on tokens of bytes, but {others} has those of gpt2\n"
+    assert not (tmp_path / "log/b").exists()
+
+
+# ---- edited scripts
 
 
 def test_the_copy_of_a_changed_script_is_put_beside_the_first(small, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_length_and_imports(script):
     text = (ROOT / f"{script.__name__}.py").read_text()
     lines = text.splitlines()
     # DeepSeek-V3 and RWKV-7 are the papers with the most equations
-    assert len(lines) <= (1095 if script.__name__ in ("train_deepseek", "train_rwkv") else 940)
+    assert len(lines) <= (1115 if script.__name__ in ("train_deepseek", "train_rwkv") else 960)
     assert max(map(len, lines)) <= 110
     filled = [len(line) for line in lines if line.strip()]
     assert sum(filled) / len(filled) <= 58

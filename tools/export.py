@@ -197,11 +197,13 @@ def model_card(name, config, checkpoint, log, no_log, trained, library, how):
     for field in runs.RECIPE_FIELDS:
         if hasattr(config, field):  # a script of one's own may lack it
             settings += f", {field} {getattr(config, field)}"
+    init_from = getattr(config, "init_from", "")  # a script of one's own may lack it
     facts = {
         "architecture": name,
         "parameters": f"{trained:,} trained",
         "steps": f"{step:,} of {config.max_steps:,}",
         "tokens": f"{tokens:,}",
+        "initial weights": init_from or "random",
         "data": data["dataset"],
         "tokenizer": data["tokenizer"],
         "recipe": config.recipe + settings,
@@ -216,6 +218,8 @@ def model_card(name, config, checkpoint, log, no_log, trained, library, how):
     if step == 0:
         imported = data["fingerprint"] == ""  # see import_weights()
         origin = f"were imported from {data['dataset']}" if imported else "are random"
+        if init_from:
+            origin = f"are those of {init_from}"
         lines += [f"Not trained yet: its weights {origin}.", ""]
     lines += [
         f"A small language model ({trained:,} parameters, trained on {tokens:,} tokens), made to compare "
@@ -439,6 +443,8 @@ def print_next(script, config, tokenizer, out):
         evaluate = f"python fineweb.py {option} && {evaluate}"
     print(f"To score it: {evaluate}")
     print(f"This takes the {tokenizer} tokens in {config.data_dir}, or those in a --data_dir that you name.")
+    checkpoint = shlex.quote(str(out / "step_000000.pt"))
+    print(f"To fine-tune it: python {Path(script.__file__).name} --init_from {checkpoint}, see the README")
 
 
 def main():
