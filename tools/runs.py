@@ -46,6 +46,7 @@ class Run:
     val: dict
     scores: dict  # (task, convention) -> {step: result}
     labels: dict  # (task, convention) -> each item's right answer as a digit, of the newest score
+    study: dict | None = None  # name, size, entry, base and rate, if tools.study ran it
 
     @property
     def config(self):
@@ -58,6 +59,31 @@ class Run:
     @property
     def finished(self):
         return self.steps == self.config["max_steps"]
+
+    @property
+    def loss(self):
+        """The newest validation loss, in nats per token; of a finished run the final one."""
+        return self.val[self.steps]
+
+    @property
+    def median_ms(self):
+        """Milliseconds of a step, the median over all that were logged; None if there is none."""
+        times = [event["ms"] for event in self.train.values()]
+        return statistics.median(times) if times else None
+
+    @property
+    def device_ms(self):
+        """Milliseconds of training, times the processes that took part."""
+        return sum(event["ms"] * event["processes"] for event in self.train.values())
+
+    def minutes(self):
+        """{step: minutes of training before it}, for the steps that the log tells it of."""
+        spent = 0.0
+        at = {0: 0.0}
+        for step in sorted(self.train):
+            spent += self.train[step]["ms"] / 60_000
+            at[step + 1] = spent
+        return at
 
     @property
     def architecture(self):
@@ -101,6 +127,13 @@ def require(fields, *names):
             raise KeyError(name)
 
 
+def check_facts(facts):
+    """Raises KeyError or TypeError for what lacks the facts of a run that are compared."""
+    require(facts, "script", "processes", "parameters", "flops_per_token")
+    require(facts["data"], "fingerprint", "tokenizer")
+    require(facts["config"], *RECIPE_FIELDS, *CONDITION_FIELDS)
+
+
 class Log:
     """The events of a log.jsonl, sorted by kind."""
 
@@ -119,9 +152,7 @@ class Log:
         """Raises KeyError, TypeError, ValueError or IndexError for what is no event of a run."""
         kind = event["event"]
         if kind == "run":
-            require(event, "script", "processes", "parameters", "flops_per_token")
-            require(event["data"], "fingerprint", "tokenizer")
-            require(event["config"], *RECIPE_FIELDS, *CONDITION_FIELDS)
+            check_facts(event)
             self.starts.append(event)
         elif kind == "train":
             require(event, "ms")
