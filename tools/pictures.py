@@ -1,4 +1,7 @@
-"""The pictures of tools.compare: curves of loss, accuracy and expert load, and bars of accuracy."""
+"""
+The pictures of tools.compare: curves of loss, accuracy and expert load, and bars of accuracy; and of a
+study its effects with their intervals and its losses against size.
+"""
 import statistics
 
 import numpy as np
@@ -19,12 +22,19 @@ STYLES = [
 ]
 
 
+def draw_into_files():
+    """Has matplotlib draw without a screen. To be called before anything is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+
+
 def style(number):
     """(colour, dash) of a picture's curve."""
     return STYLES[number % len(STYLES)]
 
 
-def spread_labels(axis, ends, gap=0.045):
+def spread_labels(axis, ends, gap=0.045, fontsize=8):
     """Writes each curve's name beside its end, moved apart so that they can be read.
 
     ends: [(name, x, y, colour)]; gap: the least distance, as a share of the picture's height. The name of a
@@ -33,10 +43,11 @@ def spread_labels(axis, ends, gap=0.045):
     low, high = axis.get_ylim()
     ends = [(name, x, min(max(y, low), high), colour) for name, x, y, colour in ends]
     ends.sort(key=lambda end: end[2])
+    to_share = axis.transData + axis.transAxes.inverted()
     heights = []
     lowest = 0.0
-    for _, _, y, _ in ends:
-        height = max((y - low) / (high - low), lowest)
+    for _, x, y, _ in ends:
+        height = max(to_share.transform((x, y))[1], lowest)
         heights.append(height)
         lowest = height + gap
     highest = 1.0
@@ -46,7 +57,7 @@ def spread_labels(axis, ends, gap=0.045):
     for (name, x, y, colour), height in zip(ends, heights, strict=True):
         line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "lw": 0.4}
         axis.annotate(name, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour,
-                      fontsize=8, va="center", arrowprops=line, annotation_clip=False)  # fmt: skip
+                      fontsize=fontsize, va="center", arrowprops=line, annotation_clip=False)  # fmt: skip
 
 
 INSET = (0.42, 0.42, 0.55, 0.53)  # left, bottom, width, height as shares of the picture's
@@ -160,6 +171,119 @@ def draw_bars(path, title, pools, key):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Studies
+
+# by verdict: (colour, marker, whether the marker is filled)
+FOREST_STYLES = {
+    verdicts.BETTER: ("#0072B2", "o", True),
+    verdicts.WORSE: ("#D55E00", "s", True),
+    verdicts.UNTOLD: ("#555555", "D", False),
+}
+NO_VERDICT = ("#555555", "x", True)
+
+
+def draw_forest_panel(axis, rows):
+    """One base's rows of draw_forest, the first on top."""
+    axis.axvline(0, color="black", lw=0.8)
+    for place, (_, difference, half, verdict) in enumerate(rows):
+        colour, marker, filled = FOREST_STYLES.get(verdict, NO_VERDICT)
+        text = f"{difference:+.4f}"
+        if half is not None:
+            text += f" ± {half:.4f}"
+        axis.errorbar(difference, place, xerr=half, color=colour, marker=marker, markersize=6,
+                      markerfacecolor=colour if filled else "white", capsize=3, lw=1.6)  # fmt: skip
+        axis.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), fontsize=9, va="center",
+                      color=colour, annotation_clip=False)  # fmt: skip
+    axis.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=10)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.margins(x=0.08)
+    axis.tick_params(axis="x", labelsize=9)
+    axis.locator_params(axis="x", nbins=5)
+    axis.grid(axis="x", alpha=0.25)
+
+
+def draw_forest(path, title, panels):
+    """Writes one PNG of differences with their 95% intervals, a panel with its own scale for each base.
+
+    panels: {base: [(entry, difference, half of the interval's width or None, verdict)]}.
+    """
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    heights = [len(rows) + 1.5 for rows in panels.values()]
+    size = (6.4, 1.0 + 0.3 * sum(heights))
+    figure, axes = pyplot.subplots(
+        len(panels), figsize=size, squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    seen = set()
+    for axis, (base, rows) in zip(axes[:, 0], panels.items(), strict=True):
+        draw_forest_panel(axis, rows)
+        axis.set_title(f"minus {base}", fontsize=10, loc="left")
+        seen |= {row[-1] for row in rows}
+    axis.set_xlabel("validation loss minus the base's, nats per token (left is better)", fontsize=9)
+    handles = []
+    for verdict in (*FOREST_STYLES, None):
+        colour, marker, filled = FOREST_STYLES.get(verdict, NO_VERDICT)
+        if verdict in seen or (verdict is None and seen - set(FOREST_STYLES)):
+            face = colour if filled else "white"
+            handles.append(Line2D([], [], color=colour, marker=marker, markerfacecolor=face, lw=1.6,
+                                  label=verdict or "no verdict"))  # fmt: skip
+    figure.suptitle(title, fontsize=11)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plain_ticks(low, high):
+    """Round numbers between two losses, to be the ticks of a logarithmic axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    return [tick for tick in MaxNLocator(nbins=7).tick_values(low, high) if low <= tick <= high]
+
+
+def draw_scaling(path, title, xlabel, curves, ticks=None):
+    """Writes one PNG of losses against size on two logarithmic axes, with 95% intervals as bands.
+
+    curves: {name: [(x, mean loss, half of its interval's width, 0 with one seed)]}, x rising. ticks: names of
+    places on the x axis, {x: name}.
+    """
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ends = []
+    low = []
+    high = []
+    for number, (name, points) in enumerate(curves.items()):
+        colour, dash = style(number)
+        x, y, halves = zip(*points, strict=True)
+        axis.plot(x, y, color=colour, linestyle=dash, marker="o", markersize=5, lw=2)
+        below = [value - half for value, half in zip(y, halves, strict=True)]
+        above = [value + half for value, half in zip(y, halves, strict=True)]
+        if any(halves):
+            # a band may reach below zero with two seeds; what a logarithmic axis can't show is cut off
+            axis.fill_between(x, np.maximum(below, 0.01 * min(y)), above, color=colour, alpha=0.13, lw=0)
+        low += [max(floor, 0.9 * value) for floor, value in zip(below, y, strict=True)]
+        high += [min(ceiling, 1.1 * value) for ceiling, value in zip(above, y, strict=True)]
+        ends.append((name, x[-1], y[-1], colour))
+    axis.set_ylim(min(low) / 1.01, max(high) * 1.01)
+    steps = plain_ticks(*axis.get_ylim())
+    axis.set_yticks(steps, [f"{step:g}" for step in steps])
+    axis.minorticks_off()
+    if ticks:
+        axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set_title(title, fontsize=13)
+    axis.set_xlabel(xlabel, fontsize=11)
+    axis.set_ylabel("validation loss, nats per token", fontsize=11)
+    axis.tick_params(labelsize=11)
+    axis.grid(alpha=0.25)
+    spread_labels(axis, ends, gap=0.055, fontsize=11)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # What is drawn of a group of runs
 
 
@@ -219,9 +343,7 @@ def draw(folder, pools, keys, prefix=""):
 
     keys: the scores, [(task, convention)]. The pictures' files start with the prefix.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
+    draw_into_files()
     shown = []
 
     def add(name, title, function, *args, **kwargs):

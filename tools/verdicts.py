@@ -26,6 +26,12 @@ UNTOLD = "not distinguishable"
 UNTESTED = "not tested"
 MODELS_DIFFER = "these two models differ; of the architectures one seed says nothing"
 OPPOSITE = {LOWER: HIGHER, HIGHER: LOWER}
+# of an entry of a study against its base, see tools/effects.py
+BETTER = "better"
+WORSE = "worse"
+ONE_SEED = "one seed: no verdict"
+NO_COMMON_SEED = "no common seed: no verdict"
+UNEQUAL = "unequal conditions: no verdict"
 NUMBERS = (
     "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
 )  # fmt: skip

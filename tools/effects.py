@@ -1,0 +1,635 @@
+"""
+What a study says: each entry against its base, the learning rates, and which runs look wrong.
+
+study_parts() is called by tools.compare for runs that tools.study made. A run with the same seed as one of
+its base saw the same batches in the same order, so entries are compared with their base seed by seed, by a
+paired t test. The p-values of all entries against one base, at one size, have Holm's correction. Whether the
+conditions were equal is checked for each pair of runs; where they weren't, there is no verdict.
+"""
+import dataclasses
+import re
+import statistics
+
+from tools import verdicts
+from tools.collection import size_in_numbers
+from tools.page import Folded
+from tools.pictures import draw_forest, draw_into_files
+from tools.runs import CONDITION_FIELDS, RECIPE_FIELDS, find_script, preference
+
+UNEQUAL_PARAMETERS = 0.02  # a larger share than this is marked
+ROSE = 0.02  # share by which the final validation loss may be above the run's lowest one
+JUMP = 1.0  # nats by which a training loss may be above the running median
+WINDOW = 11  # logged steps of the running median
+FAR = 5  # robust standard deviations from the median of the seeds
+LEAST_PAIRS = 3  # of seeds, for a standard deviation
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which runs belong together
+
+
+@dataclasses.dataclass
+class Group:
+    """The finished runs of one entry at one size and rate, by seed."""
+
+    entry: str
+    rate: float  # multiple of the size's learning rate
+    runs: dict
+
+    @property
+    def name(self):
+        return self.entry if self.rate == 1 else f"{self.entry}, rate x{self.rate:g}"
+
+    @property
+    def first(self):
+        return self.runs[min(self.runs)]
+
+    @property
+    def seeds(self):
+        return set(self.runs)
+
+    def losses(self):
+        return {seed: run.loss for seed, run in self.runs.items()}
+
+    def mean(self, seeds=None):
+        """The mean final validation loss over seeds, all by default."""
+        return statistics.mean(self.runs[seed].loss for seed in seeds or self.runs)
+
+
+def bases_of(run):
+    """The names of the entries that a run of a study is compared with."""
+    base = run.study["base"]
+    if base is None:
+        return []
+    return [base] if isinstance(base, str) else list(base)
+
+
+def by_size(runs):
+    """{size: runs of it}, the smallest first."""
+    sizes = {}
+    for run in runs:
+        sizes.setdefault(run.study["size"], []).append(run)
+    return {size: sizes[size] for size in sorted(sizes, key=lambda size: (size_in_numbers(size), size))}
+
+
+def group_runs(runs):
+    """({(entry, rate): Group} of the runs of one study and size, a line on each that is left out)."""
+    groups = {}
+    lines = []
+    for run in sorted(runs, key=lambda run: (run.study["entry"], run.seed, str(run.folder))):
+        if not run.finished:
+            lines.append(f"{run.folder.name} is left out: it is at step {run.steps} of "
+                         f"{run.config['max_steps']}.")  # fmt: skip
+            continue
+        key = run.study["entry"], float(run.study["rate"])
+        group = groups.setdefault(key, Group(*key, {}))
+        other = group.runs.get(run.seed)
+        if other:
+            run, dropped = sorted((run, other), key=preference, reverse=True)
+            lines.append(f"{dropped.folder} is left out: {run.folder} has the same place in the study and "
+                         f"the same seed, {run.seed}, and is newer.")  # fmt: skip
+        group.runs[run.seed] = run
+    return groups, lines
+
+
+def rates_of(groups):
+    """{entry: its Groups, the lowest rate first}."""
+    entries = {}
+    for entry, rate in sorted(groups):
+        entries.setdefault(entry, []).append(groups[entry, rate])
+    return entries
+
+
+def best_group(of_entry):
+    """Of an entry's Groups the one with the lowest mean loss over the same seeds.
+
+    These are the seeds of the rate that has most of them; rates without one of these can't be chosen.
+    """
+    most = max(of_entry, key=lambda group: (len(group.runs), group.rate == 1, -group.rate))
+    candidates = [group for group in of_entry if group.seeds >= most.seeds]
+    return min(candidates, key=lambda group: group.mean(most.seeds))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Are the conditions equal?
+
+
+def prescribed_fields(run):
+    """{recipe field: value} that the run's own paper prescribes and that it was run with."""
+    script = find_script(run)
+    if script is None or run.recipe != "paper":
+        return {}
+    found = {}
+    for field, value in getattr(script, "RECIPE", {}).items():
+        if field in RECIPE_FIELDS and adjusted(run, field) == value:
+            found[field] = value
+    return found
+
+
+def adjusted(run, field):
+    """A recipe field of a run as it would be at rate 1."""
+    value = float(run.config[field])
+    if field in ("max_lr", "min_lr"):
+        value = float(f"{value / run.study['rate']:.9g}")  # without the rounding of the product
+    return value
+
+
+def conditions(run):
+    """What must be equal in the runs of a pair: {name: value}. The learning rate is as it'd be at rate 1."""
+    config = run.config
+    found = {
+        "data": run.facts["data"]["fingerprint"],
+        "tokenizer": run.facts["data"]["tokenizer"],
+        "init_from": config.get("init_from", ""),
+        "dtype": run.facts.get("dtype", "").split(" ")[0],  # without the reason for it
+        "torch": run.facts.get("torch"),
+    }
+    for field in CONDITION_FIELDS:
+        found[field] = config[field]
+    for field in RECIPE_FIELDS:
+        found[field] = adjusted(run, field)
+    found["changed midway"] = ", ".join(run.changed) or "nothing"
+    return found
+
+
+def scale_of_loss(run):
+    """Equal for runs whose losses can be compared across sizes: of the same data, in equal windows."""
+    data = run.facts["data"]
+    return data["fingerprint"], data["tokenizer"], run.config["val_tokens"], run.config["block_size"]
+
+
+def differing(run, base):
+    """What differs in the conditions of a run and one of its base, in words.
+
+    A field that the paper of one of them prescribes may differ.
+    """
+    free = prescribed_fields(run).keys() | prescribed_fields(base).keys()
+    ours = conditions(run)
+    theirs = conditions(base)
+    texts = []
+    for name, value in ours.items():
+        other = theirs[name]
+        if value != other and name not in free:
+            if isinstance(value, float):
+                texts.append(f"{name} {value:g}, not {other:g}")
+            else:
+                texts.append(f"{name} {value}, not {other}")
+    return texts
+
+
+def mixed(group):
+    """What differs between the seeds of a Group beside the seed, in words; there should be nothing."""
+    texts = set()
+    configs = [run.fixed_config() for run in group.runs.values()]
+    for name in {name: None for config in configs for name in config}:
+        if any(config.get(name) != configs[0].get(name) for config in configs):
+            texts.add(name)
+    if len({run.script_hash for run in group.runs.values()} - {None}) > 1:
+        texts.add("the script")
+    if not texts:
+        return []
+    return [f"{', '.join(sorted(texts))} of {group.name} differs between its seeds"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Effects
+
+
+@dataclasses.dataclass
+class Effect:
+    """A Group minus its base's, in nats of the final validation loss, over the seeds that both have."""
+
+    group: Group
+    base: Group
+    seeds: list
+    loss: verdicts.Estimate
+    unequal: list  # what differs in the conditions, in words
+    p: float | None = None  # corrected
+
+    @property
+    def verdict(self):
+        if self.unequal:
+            return verdicts.UNEQUAL
+        if not self.seeds:
+            return verdicts.NO_COMMON_SEED
+        if self.p is None:
+            return verdicts.ONE_SEED
+        if self.p >= verdicts.LEVEL:
+            return verdicts.UNTOLD
+        return verdicts.BETTER if self.loss.difference < 0 else verdicts.WORSE
+
+
+def paired_loss(ours, theirs):
+    """(the verdicts.Estimate of the difference of two {seed: loss} over their common seeds, the seeds)."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        difference = statistics.mean(ours.values()) - statistics.mean(theirs.values())
+        return verdicts.Estimate(difference, None, None, "no common seed"), []
+    ours = {seed: ours[seed] for seed in seeds}
+    theirs = {seed: theirs[seed] for seed in seeds}
+    return verdicts.compare_losses(ours, theirs), seeds
+
+
+def compare_with(base, others):
+    """An Effect for each Group of others against the Group base, the worst first; p-values by Holm."""
+    effects = []
+    for group in others:
+        loss, seeds = paired_loss(group.losses(), base.losses())
+        unequal = mixed(group) + mixed(base)
+        for seed in seeds:
+            for text in differing(group.runs[seed], base.runs[seed]):
+                if text not in unequal:
+                    unequal.append(text)
+        effects.append(Effect(group, base, seeds, loss, unequal))
+    tested = [effect for effect in effects if not effect.unequal and effect.loss.p is not None]
+    for effect, p in zip(tested, verdicts.holm([effect.loss.p for effect in tested]), strict=True):
+        effect.p = p
+    return sorted(effects, key=lambda effect: (-effect.loss.difference, effect.group.name))
+
+
+def compare_selected(selected):
+    """({base's entry: its Effects}, lines on bases that are missing) of {entry: Group}."""
+    against = {}
+    missing = set()
+    for entry, group in selected.items():
+        for base in bases_of(group.first):
+            if base in selected:
+                against.setdefault(base, []).append(group)
+            else:
+                missing.add(f"{entry} can't be compared with {base}: of that no run is finished here.")
+    return {base: compare_with(selected[base], against[base]) for base in sorted(against)}, sorted(missing)
+
+
+def ratio(ours, theirs):
+    return f"{ours / theirs:.3f}"
+
+
+def parameters_cell(effect):
+    ours = effect.group.first.facts["parameters"]
+    theirs = effect.base.first.facts["parameters"]
+    unequal = abs(ours / theirs - 1) > UNEQUAL_PARAMETERS
+    return ratio(ours, theirs) + (", unequal" if unequal else "")
+
+
+def speed_cell(effect):
+    """Tokens/s over the base's: the median over the common seeds, and the lowest and highest of them."""
+    ratios = []
+    for seed in effect.seeds:
+        ours = effect.group.runs[seed]
+        theirs = effect.base.runs[seed]
+        for what in ("device", "processes"):
+            if ours.facts.get(what) != theirs.facts.get(what):
+                return "–"
+        if ours.config["batch_tokens"] != theirs.config["batch_tokens"]:
+            return "–"
+        if not ours.median_ms or not theirs.median_ms:
+            return "–"
+        ratios.append(theirs.median_ms / ours.median_ms)
+    if not ratios:
+        return "–"
+    text = f"{statistics.median(ratios):.2f}"
+    if len(ratios) > 1:
+        text += f" ({min(ratios):.2f} to {max(ratios):.2f})"
+    return text
+
+
+def loss_cells(effect):
+    """The difference in nats and in percent of the base's loss."""
+    percent = 100 / effect.base.mean(effect.seeds)
+    nats = f"{effect.loss.difference:+.4f}"
+    share = f"{percent * effect.loss.difference:+.2f}"
+    if effect.loss.half is not None:
+        nats += f" ± {effect.loss.half:.4f}"
+        share += f" ± {percent * effect.loss.half:.2f}"
+    return nats, share
+
+
+def name_cell(group):
+    """A Group's name with what its paper prescribes instead of the shared recipe."""
+    own = ", ".join(f"{field} {value:g}" for field, value in prescribed_fields(group.first).items())
+    return f"{group.name} (its paper's {own})" if own else group.name
+
+
+def effects_table(effects):
+    """One base's Effects as a Markdown table."""
+    from tools.compare import table  # which imports this module
+
+    rows = []
+    for effect in effects:
+        flops = [group.first.facts["flops_per_token"] for group in (effect.group, effect.base)]
+        p = "–" if effect.p is None else f"{effect.p:.2g}"
+        rows.append([
+            name_cell(effect.group), *loss_cells(effect), effect.verdict, p, str(len(effect.seeds)),
+            parameters_cell(effect), ratio(*flops), speed_cell(effect),
+        ])  # fmt: skip
+    base = effects[0].base.name
+    head = [f"against {base}", "loss, nats", "loss, %", "verdict", "p, corrected", "common seeds"]
+    head += ["parameters", "FLOPs per token", "tokens/s"]
+    return table(head, rows, ["---", "--:", "--:", "---"] + ["--:"] * 5)
+
+
+def in_words(effects):
+    """One base's Effects as a sentence."""
+    named = {}
+    for effect in reversed(effects):  # the best first
+        text = effect.group.name
+        if effect.verdict in (verdicts.BETTER, verdicts.WORSE):
+            text += f" ({effect.loss.difference:+.4f})"
+        named.setdefault(effect.verdict, []).append(text)
+    tested = sum(effect.p is not None for effect in effects)
+    base = effects[0].base
+    sentences = [f"Against {base.name}, whose loss is {base.mean():.4f}"]
+    texts = []
+    order = (verdicts.BETTER, verdicts.WORSE, verdicts.UNTOLD, verdicts.ONE_SEED, verdicts.NO_COMMON_SEED,
+             verdicts.UNEQUAL)  # fmt: skip
+    for verdict in order:
+        if verdict in named:
+            texts.append(f"**{verdict}:** " + ", ".join(named[verdict]))
+    sentences[0] += ": " + "; ".join(texts) + "."
+    if tested > 1:
+        sentences.append(f"p-values are corrected for {tested} comparisons (Holm).")
+    for effect in effects:
+        if effect.unequal:
+            sentences.append(f"{effect.group.name} has no verdict: {'; '.join(effect.unequal)}.")
+    return " ".join(sentences)
+
+
+HOW_TO_READ = (
+    "A difference is the entry's final validation loss minus its base's, negative where the entry is better, "
+    "over the seeds that both have; in nats per token, and in percent of the base's loss. ± is half of the "
+    "95% interval of that row alone (paired t), while the verdict is by the corrected p-value, at 5%: so an "
+    "interval may exclude zero where the verdict is “not distinguishable”, which doesn't mean “equal”. "
+    "Ratios are the entry's over its base's. That of tokens/s is a hint only, since runs share a machine: "
+    "the median over the seeds, with the lowest and the highest. At equal tokens an entry that costs more "
+    "FLOPs per token has an advantage that its row's ratio shows. No curve was cut short to compare at equal "
+    "FLOPs: a run that is stopped early hasn't lowered its learning rate, and looks worse than it is."
+)  # fmt: skip
+CHOSEN_RATES = (
+    "Each entry, bases too, is here at that of its rates which has the lowest mean loss. It was chosen on "
+    "the seeds that it is judged by, which favours the entries with more rates tried: the p-values don't "
+    "know of the choice, so take a verdict near 5% as open."
+)
+
+
+def file_name(*words):
+    """A picture's name out of the names of a study, a size and so on."""
+    return "_".join(re.sub(r"[^\w.-]", "_", word) for word in words) + ".png"
+
+
+def effects_parts(selected, folder, file, title):
+    """(parts, files) on the effects in {entry: Group}; no parts if none has a base."""
+    against, lines = compare_selected(selected)
+    parts = []
+    files = []
+    if against:
+        panels = {}
+        for effects in against.values():
+            rows = []
+            for effect in effects:
+                rows.append((effect.group.name, effect.loss.difference, effect.loss.half, effect.verdict))
+            panels[effects[0].base.name] = rows
+        draw_forest(folder / file, title, panels)
+        files.append(file)
+        parts += [in_words(effects) for effects in against.values()]
+        parts.append(f"![{title}, difference of the validation loss from the base's]({file})")
+        parts += [effects_table(effects) for effects in against.values()]
+    return parts + lines, files
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Learning rates
+
+
+def against_rate_one(entries):
+    """All other rates against rate 1, paired over seeds, p-values by Holm.
+
+    Returns ({(entry, rate): (verdicts.Estimate, common seeds, corrected p or None)}, how many were tested).
+    """
+    found = {}
+    for entry, of_entry in entries.items():
+        one = [group for group in of_entry if group.rate == 1]
+        for group in of_entry:
+            if one and group.rate != 1:
+                found[entry, group.rate] = paired_loss(group.losses(), one[0].losses())
+    tested = [key for key, (loss, _) in found.items() if loss.p is not None]
+    corrected = dict(zip(tested, verdicts.holm([found[key][0].p for key in tested]), strict=True))
+    return {key: (loss, seeds, corrected.get(key)) for key, (loss, seeds) in found.items()}, len(tested)
+
+
+def rate_verdict(best, found):
+    """How an entry's best rate compares with rate 1, in words."""
+    if best.rate == 1:
+        return "is the best"
+    if (best.entry, best.rate) not in found:
+        return "was not run"
+    loss, seeds, p = found[best.entry, best.rate]
+    text = f"{loss.difference:+.4f}"
+    if loss.half is not None:
+        text += f" ± {loss.half:.4f}"
+    if not seeds:
+        return f"{text}, {verdicts.NO_COMMON_SEED}"
+    if p is None:
+        return f"{text}, {verdicts.ONE_SEED}"
+    if p >= verdicts.LEVEL:
+        return f"{text}, {verdicts.UNTOLD}"
+    return f"{text}, {verdicts.BETTER if loss.difference < 0 else verdicts.WORSE}"
+
+
+def rate_warnings(of_entry, best):
+    """Lines on what makes the choice of an entry's rate doubtful."""
+    lines = []
+    rates = [group.rate for group in of_entry]
+    if len(rates) > 2 and best.rate in (rates[0], rates[-1]):
+        where = "lowest" if best.rate == rates[0] else "highest"
+        lines.append(f"{best.entry}: the best rate, x{best.rate:g}, is at the edge of the sweep, the {where} "
+                     "that was tried: sweep further.")  # fmt: skip
+    for group in of_entry:
+        common = group.seeds & best.seeds
+        if group is best or not common or group.seeds >= best.seeds:
+            continue
+        if group.mean(common) < best.mean(common):
+            seeds = "seed" if len(common) == 1 else "seeds"
+            lines.append(f"{best.entry}: rate x{group.rate:g} has a lower loss than x{best.rate:g} on the "
+                         f"{seeds} that it was run with ({', '.join(map(str, sorted(common)))}), but could "
+                         "not be chosen: run it with the others.")  # fmt: skip
+    return lines
+
+
+def rates_parts(entries):
+    """Parts on the entries, {entry: Groups}, that have several rates; none if there is no such entry."""
+    from tools.compare import table  # which imports this module
+
+    swept = {entry: of_entry for entry, of_entry in entries.items() if len(of_entry) > 1}
+    if not swept:
+        return []
+    found, tested = against_rate_one(swept)
+    rates = sorted({group.rate for of_entry in swept.values() for group in of_entry})
+    rows = []
+    warnings = []
+    lines = ["[own_rate]"]
+    for entry, of_entry in swept.items():
+        best = best_group(of_entry)
+        cells = {}
+        for group in of_entry:
+            text = f"{group.mean():.4f}"
+            if group.seeds != best.seeds:
+                text += f" ({len(group.runs)} of {len(best.runs)} seeds)"
+            cells[group.rate] = f"**{text}**" if group is best else text
+        rows.append([entry, *[cells.get(rate, "–") for rate in rates], rate_verdict(best, found),
+                     str(len(best.runs))])  # fmt: skip
+        warnings += rate_warnings(of_entry, best)
+        lines.append(f"{toml_key(entry)} = {best.rate!r}")
+    head = ["learning rate", *[f"x{rate:g}" for rate in rates], "best minus rate x1", "seeds"]
+    text = ("The mean over the seeds of the final validation loss, by learning rate as a multiple of the "
+            "size's shared one. The best is in bold.")  # fmt: skip
+    if tested:
+        text += (f" Verdicts are paired over seeds, and corrected for all {tested} rates that were compared "
+                 "with x1.")  # fmt: skip
+    toml = "```toml\n" + "\n".join(lines) + "\n```"
+    return ["### Learning rates", text, table(head, rows, ["---"] + ["--:"] * (len(rates) + 2)), *warnings,
+            Folded("The best rates, for tools/studies/sizes.toml", [toml])]  # fmt: skip
+
+
+def toml_key(name):
+    """A name as a key of TOML."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else '"' + name.replace('"', '\\"') + '"'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Runs that look wrong
+
+
+def jumps(run):
+    """(the first step whose training loss jumped up, how many steps' did, by how much at most), or None.
+
+    A jump is more than JUMP above the median of the logged steps before it, after the warm-up. A collection
+    has every fiftieth step only, and a jump between two of them is not seen.
+    """
+    before = []
+    first = None
+    count = 0
+    largest = 0.0
+    for step in sorted(run.train):
+        loss = run.train[step].get("loss")
+        if loss is None or step < run.config["warmup_steps"]:
+            continue
+        if len(before) >= 3:
+            above = loss - statistics.median(before[-WINDOW:])
+            if not above <= JUMP:  # a loss that is no number is a jump as well
+                first = step if first is None else first
+                count += 1
+                largest = max(largest, above)
+        before.append(loss)
+    return None if first is None else (first, count, largest)
+
+
+def spread_of_seeds(groups):
+    """A robust standard deviation of the final loss between the seeds of a Group, one for all groups.
+
+    It is the median of the absolute differences of all pairs of seeds, which for a normal distribution is
+    0.954 standard deviations. None with fewer than LEAST_PAIRS of them.
+    """
+    differences = []
+    for group in groups:
+        losses = sorted(group.losses().values())
+        for i, loss in enumerate(losses):
+            differences += [abs(loss - other) for other in losses[:i]]
+    if len(differences) < LEAST_PAIRS:
+        return None
+    return statistics.median(differences) / 0.954
+
+
+def suspects(groups):
+    """A line on each run that diverged, or that is far from the other seeds of its Group."""
+    lines = []
+    spread = spread_of_seeds(groups)
+    for group in groups:
+        middle = statistics.median(group.losses().values())
+        for _, run in sorted(group.runs.items()):
+            reasons = []
+            lowest = min(run.val.values())
+            if run.loss > (1 + ROSE) * lowest:
+                percent = 100 * (run.loss / lowest - 1)
+                reasons.append(f"its final validation loss, {run.loss:.4f}, is {percent:.1f}% above its "
+                               f"lowest, {lowest:.4f}")  # fmt: skip
+            jump = jumps(run)
+            if jump:
+                first, count, largest = jump
+                steps = "logged step" if count == 1 else "logged steps"
+                reasons.append(f"its training loss jumped at step {first}: for {count} {steps} it was up to "
+                               f"{largest:.1f} nats above the running median")  # fmt: skip
+            away = run.loss - middle
+            if spread and abs(away) > FAR * spread:
+                reasons.append(f"its loss is {away:+.4f} from the median of its {len(group.runs)} seeds, and "
+                               f"seeds differ by a standard deviation of {spread:.4f} here")  # fmt: skip
+            if reasons:
+                lines.append(f"{run.folder.name}: {'; '.join(reasons)}.")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The report
+
+
+def size_parts(study, size, runs, folder):
+    """(parts, files) on the runs of one study and size."""
+    groups, lines = group_runs(runs)
+    parts = [f"## Study {study} at {size}"]
+    files = []
+    if not groups:
+        return parts + lines, files
+    entries = rates_of(groups)
+    chosen = {entry: best_group(of_entry) for entry, of_entry in entries.items()}
+    at_one = {entry: group for (entry, rate), group in groups.items() if rate == 1}
+    title = f"{study} at {size}"
+    same, new = effects_parts(at_one, folder, file_name("effects", study, size), title)
+    files += new
+    own = []
+    others = [group for group in chosen.values() if group.rate != 1]
+    if others:
+        title += ", each at its own best rate"
+        own, new = effects_parts(chosen, folder, file_name("effects_own_rate", study, size), title)
+        files += new
+    if same and others:
+        parts.append("### At the same rate")
+    parts += same
+    if own:
+        parts += ["### Each at its own best rate", CHOSEN_RATES, *own]
+    if files:
+        parts.append(Folded("How to read this", [HOW_TO_READ]))
+    parts += rates_parts(entries)
+    wrong = suspects(list(groups.values()))
+    if wrong:
+        parts += ["### Look at these runs before you believe the tables"]
+        parts.append("\n".join(f"- {line}" for line in wrong))
+    if lines:
+        parts.append("\n".join(f"- {line}" for line in lines))
+    return parts, files
+
+
+def study_parts(runs, folder):
+    """(parts of the report, names of the pictures that it wrote into a folder) on the runs that have a study.
+
+    The parts are Markdown or page.Folded. Runs of several studies and sizes may be mixed; those of no study
+    are passed over. folder: a Path, which exists.
+    """
+    from tools.scaling import scaling_parts  # which needs the groups of this module
+
+    draw_into_files()
+    studies = {}
+    for run in runs:
+        if run.study:
+            studies.setdefault(run.study["name"], []).append(run)
+    parts = []
+    files = []
+    for study in sorted(studies):
+        sizes = by_size(studies[study])
+        if len(sizes) >= 3:
+            more, new = scaling_parts(studies[study], folder)
+            parts += more
+            files += new
+        for size, of_size in sizes.items():
+            more, new = size_parts(study, size, of_size, folder)
+            parts += more
+            files += new
+    return parts, files
