@@ -59,17 +59,18 @@ class Record(msgspec.Struct):
     train: dict[str, list[int | float | None]]  # columns: step, and each figure; null where a step lacks it
     median_ms: float | None  # over all steps, as device_ms
     device_ms: float
-    clock: Clock
     val: Curve
     scores: list[dict]
     labels: dict[str, str]  # "task convention" -> each item's right answer
+    clock: Clock = msgspec.field(default_factory=lambda: Clock([], []))
+    bytes_per_token: float | None = None  # of the validation tokens
 
 
 @dataclasses.dataclass
 class KeptRun(Run):
     """A Run out of a collection: it has few of its training steps, and totals over all of them."""
 
-    totals: dict = dataclasses.field(default_factory=dict)  # median_ms, device_ms, minutes
+    totals: dict = dataclasses.field(default_factory=dict)  # median_ms, device_ms, minutes, bytes_per_token
 
     @property
     def median_ms(self):
@@ -82,6 +83,12 @@ class KeptRun(Run):
     def minutes(self):
         """{step: minutes of training before it}, for the validated steps."""
         return self.totals["minutes"]
+
+    def bytes_per_token(self):
+        """As runs.Run's; where the tokens are no longer at hand, as it was when the run was added."""
+        if self.totals["bytes_per_token"] is not None:
+            return self.totals["bytes_per_token"], ""
+        return super().bytes_per_token()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -147,10 +154,11 @@ def as_record(run):
         "train": kept_steps(run),
         "median_ms": run.median_ms,
         "device_ms": run.device_ms,
-        "clock": {"step": timed, "ms": [round(60_000 * minutes[step], 1) for step in timed]},
         "val": {"step": steps, "loss": [run.val[step] for step in steps]},
         "scores": kept_scores(run),
         "labels": {" ".join(key): labels for key, labels in sorted(run.labels.items())},
+        "clock": {"step": timed, "ms": [round(60_000 * minutes[step], 1) for step in timed]},
+        "bytes_per_token": run.bytes_per_token()[0],
     }
 
 
@@ -240,7 +248,10 @@ def as_run(folder, record):
         task, convention = name.split(" ")
         labels[task, convention] = answers
     minutes = {step: ms / 60_000 for step, ms in zip(record.clock.step, record.clock.ms, strict=True)}
-    totals = {"median_ms": record.median_ms, "device_ms": record.device_ms, "minutes": minutes}
+    totals = {
+        "median_ms": record.median_ms, "device_ms": record.device_ms, "minutes": minutes,
+        "bytes_per_token": record.bytes_per_token,
+    }  # fmt: skip
     study = msgspec.to_builtins(record.study)
     return KeptRun(
         folder / record.name, record.facts, record.script_hash, record.changed, train, val, scores, labels,

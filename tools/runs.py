@@ -4,11 +4,14 @@ Reading what runs have left in their folders: their logs, their predictions and 
 read_run() gives a Run; pool_runs() puts runs together that differ in the seed only.
 """
 import dataclasses
+import functools
 import importlib
 import json
 import math
 import statistics
 from pathlib import Path
+
+import numpy as np
 
 import fineweb
 from tools import verdicts
@@ -97,6 +100,18 @@ class Run:
     def recipe(self):
         return self.config.get("recipe", "paper")  # the first logs had no such field
 
+    @property
+    def init_from(self):
+        """The checkpoint whose weights it started from, "" for a model that was new."""
+        return self.config.get("init_from", "")  # nor this one
+
+    def bytes_per_token(self):
+        """(bytes of text to a validation token, "") or (None, why that isn't known)."""
+        data = self.facts["data"]
+        config = self.config
+        return count_bytes(config.get("data_dir", ""), data["fingerprint"], data["tokenizer"], config["train_shards"],
+                           config["block_size"], config["val_tokens"])  # fmt: skip
+
     def renamed_config(self):
         """Its config under today's names."""
         renamed = RENAMED_FIELDS.get(self.facts["script"], {})
@@ -104,7 +119,7 @@ class Run:
 
     def fixed_config(self):
         """Its config under today's names, without the fields that may differ between runs of a pool."""
-        fields = {**self.renamed_config(), "recipe": self.recipe}
+        fields = {"init_from": self.init_from, **self.renamed_config(), "recipe": self.recipe}
         return {name: value for name, value in fields.items() if name not in (*VARYING_FIELDS, "seed")}
 
     def newest_score(self, key):
@@ -132,6 +147,35 @@ def check_facts(facts):
     require(facts, "script", "processes", "parameters", "flops_per_token")
     require(facts["data"], "fingerprint", "tokenizer")
     require(facts["config"], *RECIPE_FIELDS, *CONDITION_FIELDS)
+
+
+@functools.cache
+def count_bytes(data_dir, fingerprint, tokenizer, train_shards, block_size, val_tokens):
+    """(bytes of text to a token of those that a run is validated on, "") or (None, why that isn't known).
+
+    The end of a document counts as one byte, as it does for a model of bytes. The tokens are those in
+    data_dir, if they are the ones with the fingerprint.
+    """
+    if tokenizer == "bytes":
+        return 1.0, ""
+    if not data_dir or not Path(data_dir).is_dir():
+        return None, f"the tokens are not here, in {data_dir or 'a folder that the log names'}"
+    try:
+        vocab_size = fineweb.VOCAB_SIZE.get(tokenizer, 1 << 16)
+        data = fineweb.open_dataset(data_dir, vocab_size, train_shards)
+        if data["fingerprint"] != fingerprint:
+            return None, f"{data_dir} holds other tokens than theirs"
+        encoding = fineweb.get_tokenizer(tokenizer)
+        windows = fineweb.Windows(data_dir, "val", block_size, max_tokens=val_tokens)
+    except SystemExit as reason:
+        return None, str(reason)
+    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)]
+    lengths[encoding.eot_token] = 1
+    counts = np.zeros(len(lengths), dtype=np.int64)
+    for start in range(0, len(windows), 1024):
+        rows = windows.rows(np.arange(start, min(start + 1024, len(windows))))
+        counts += np.bincount(rows[:, 1:].ravel(), minlength=len(lengths))  # the targets
+    return float(counts @ lengths / counts.sum()), ""
 
 
 class Log:
@@ -267,13 +311,21 @@ class Pool:
         return self.first.finished
 
     def losses(self):
-        return [run.val[run.steps] for run in self.runs]
+        return [run.loss for run in self.runs]
 
     def losses_by_seed(self):
-        return {run.seed: run.val[run.steps] for run in self.runs}
+        return {run.seed: run.loss for run in self.runs}
 
     def loss(self):
         return statistics.mean(self.losses())
+
+    def bits_per_byte(self):
+        """(the loss in bits per byte of text, "") or (None, why that isn't known)."""
+        for run in self.runs:  # one may know where the tokens are, another not
+            n_bytes, why = run.bytes_per_token()
+            if n_bytes:
+                return self.loss() / math.log(2) / n_bytes, ""
+        return None, why
 
     def items(self, key):
         """(how many items a score has, their labels or None), None unless all runs have the same ones."""
@@ -299,7 +351,8 @@ class Pool:
     def accuracy(self, key, step=None):
         """(mean acc_norm over the seeds, half of its 95% interval's width), None if it can't be compared.
 
-        The interval is over seeds and items, with one seed or without predictions over the items alone.
+        The interval is over seeds and items, with one seed over the items alone. Without predictions the
+        items are taken to be as hard as each other, which makes it a little wider.
         """
         items = self.items(key)
         if key in self.set_apart or items is None:
@@ -311,7 +364,10 @@ class Pool:
         answers = self.answers(key, step)
         if answers:
             return mean, verdicts.half_accuracy(answers)
-        return mean, 1.96 * math.sqrt(mean * (1 - mean) / items[0])
+        parts = [(mean * (1 - mean) / items[0], max(1, items[0] - 1))]
+        if len(scores) > 1:
+            parts.append(verdicts.squared_error([score["acc_norm"] for score in scores]))
+        return mean, verdicts.half_width(parts, verdicts.LEVEL)
 
     def accuracy_curve(self, key):
         """[(step, mean acc_norm, half of its interval's width)] at the steps that all seeds were scored at.
@@ -335,16 +391,39 @@ class Pool:
 
 def preference(run):
     """Of runs that repeat each other the one with the largest preference is kept."""
-    return run.finished, run.facts.get("time", 0), str(run.folder)
+    # of one run in its folder and in a collection the folder has more of its training steps
+    return run.finished, run.facts.get("time", 0), len(run.train), str(run.folder)
+
+
+def without_copies(runs):
+    """(the runs, each once, a line on each that was dropped).
+
+    A run that is in its folder and in a collection, or in two collections, is one run.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run.facts, run.script_hash], sort_keys=True), []).append(run)
+    kept = []
+    lines = []
+    for group in groups.values():
+        best = max(group, key=preference)
+        for run in group:
+            if run is not best:
+                lines.append(f"{run.folder} and {best.folder} are one run, which counts once")
+        studies = [run.study for run in group if run.study]
+        if studies and best.study is None:  # a folder doesn't tell it, a collection does
+            best = dataclasses.replace(best, study=studies[0])
+        kept.append(best)
+    return kept, lines
 
 
 def without_repeats(runs):
     """(the runs without those that repeat another one, seed and all, a line on each that was dropped)."""
+    runs, lines = without_copies(runs)
     groups = {}
     for run in runs:
         groups.setdefault((pool_key(run), run.seed), []).append(run)
     kept = []
-    lines = []
     for group in groups.values():
         best = max(group, key=preference)
         kept.append(best)
@@ -369,16 +448,34 @@ def pool_runs(runs):
     for run in sorted(runs, key=lambda run: (run.architecture, run.seed, str(run.folder))):
         alone = None if run.finished else run.folder
         groups.setdefault((pool_key(run), alone), []).append(run)
-    pools = [Pool(group[0].architecture, group) for group in groups.values()]
-    for architecture in sorted({pool.name for pool in pools}):
-        name_apart([pool for pool in pools if pool.name == architecture])
+    pools = [Pool(entry_name(group[0]), group) for group in groups.values()]
+    plain = [pool for pool in pools if pool.first.study is None]
+    for architecture in sorted({pool.name for pool in plain}):
+        name_apart([pool for pool in plain if pool.name == architecture])
+    for field in ("size", "name"):
+        for pool in repeated_names(pools):
+            if pool.first.study:
+                pool.name += f", {pool.first.study[field]}"
     folders = [pool.first.folder.name for pool in pools]
-    names = [pool.name for pool in pools]
-    for pool, name in zip(pools, names, strict=True):
-        if names.count(name) > 1:
-            folder = pool.first.folder
-            pool.name += f" ({folder.name if folders.count(folder.name) == 1 else folder})"
+    for pool in repeated_names(pools):
+        folder = pool.first.folder
+        pool.name += f" ({folder.name if folders.count(folder.name) == 1 else folder})"
     return pools
+
+
+def entry_name(run):
+    """What a pool of runs like this one is called: by its place in its study, or its architecture."""
+    if run.study is None:
+        return run.architecture
+    if run.study["rate"] == 1:
+        return run.study["entry"]
+    return f"{run.study['entry']}, rate x{run.study['rate']:g}"
+
+
+def repeated_names(pools):
+    """The pools whose names others have, too."""
+    names = [pool.name for pool in pools]
+    return [pool for pool in pools if names.count(pool.name) > 1]
 
 
 def telling_fields(pools):
