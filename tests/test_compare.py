@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import fineweb
-from tools import compare, runs as reading, sync, table, verdicts
+from tools import collection, compare, runs as reading, sync, table, verdicts
 from tools.models import count_parameters
 
 SCRIPT = importlib.import_module("train_gpt2")
@@ -355,7 +355,7 @@ def test_broken_logs_are_named_and_left_out(tmp_path, run_tool):
     text = (torn / "log.jsonl").read_text()
     (torn / "log.jsonl").write_text(text[:300] + text[310:400] + "\n" + text[400:])
     status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
-    assert status == 1 and "4 of 6 folders were left out" in said
+    assert status == 1 and "4 of 6 runs were left out" in said
     reasons = {
         "empty": "is empty", "nothing": "has no log.jsonl", "foreign": "line 1 of", "torn": "line 1 of",
     }  # fmt: skip
@@ -378,8 +378,8 @@ def test_a_script_that_is_not_here_is_compared_by_its_log(tmp_path, run_tool):
     status, said = run_tool(tmp_path / "mine", tmp_path / "ours", "--out", tmp_path / "report")
     assert status == 0, said
     board = rows(said)
-    assert board["1"][0] == "gpt2" and board["1"][3:8] == ["900", "–", "800", "–", "–"]
-    assert board["2"][0] == "mine" and board["2"][3:8] == ["1,000", "–", "–", "–", "–"]
+    assert board["1"][0] == "gpt2" and board["1"][4:9] == ["900", "–", "800", "–", "–"]
+    assert board["2"][0] == "mine" and board["2"][4:9] == ["1,000", "–", "–", "–", "–"]
     (line,) = [line for line in said.splitlines() if "its script" in line]
     assert line.startswith("mine: its script train_mine.py is not here. So it is compared by its log alone")
 
@@ -390,11 +390,11 @@ def test_a_script_that_is_not_here_is_compared_by_its_log(tmp_path, run_tool):
     ("deepseek", 927_072, 703_104, 558_432, 257 * 128),
 ])  # fmt: skip
 def test_runs_from_before_fields_were_renamed_are_read(name, total, evaluated, active, embedding):
-    runs = [compare.read_run(DEMO / f"{name}-{seed}") for seed in (1, 2, 3)]
+    runs = [run for run in collection.read(DEMO) if run.folder.name.rstrip("123") == f"{name}-"]
     (pool,) = compare.pool_runs(runs)
     assert pool.name == name and pool.finished
     counts = [total, evaluated, active, embedding, total - embedding]
-    assert compare.leaderboard_row(pool, [])[2:7] == [f"{count:,}" for count in counts]
+    assert compare.leaderboard_row(pool, [])[3:8] == [f"{count:,}" for count in counts]
 
 
 def test_an_evaluation_later_changes_neither_the_run_nor_its_hours(tmp_path):
@@ -549,7 +549,7 @@ def test_a_log_without_todays_fields_or_with_others_is_ranked(tmp_path, run_tool
     assert status == 0 and "Not comparable" not in said, said
     board = rows(said)
     assert board["1"][0] == "gpt2 (today)" and board["2"][0] == "gpt2 (older)"
-    assert board["2"][3:5] == [f"{parameters:,}"] * 2  # known in spite of the other fields
+    assert board["2"][4:6] == [f"{parameters:,}"] * 2  # known in spite of the other fields
 
 
 def test_a_script_that_can_not_be_imported_is_named(tmp_path, run_tool, monkeypatch):
@@ -579,7 +579,7 @@ def test_accuracies_are_compared_over_the_same_items_only(tmp_path, run_tool):
     (write_run(tmp_path / "e", script="train_mta", right=160) / "cloze_nanogpt.json").unlink()
     status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report", pictures=True)
     assert status == 0, said
-    board = {row[0]: row[2] for row in rows(said).values() if len(row) == 13}
+    board = {row[0]: row[3] for row in rows(said).values() if len(row) == 14}
     assert board["gpt2"].startswith("25.00 ± ") and board["llama"].startswith("37.50 ± ")
     assert board["mistral"] == board["gemma"] == "–"
     assert board["mta"].startswith("40.00 ± ")  # 400 items, as far as is known these
@@ -598,7 +598,7 @@ def test_seeds_with_other_items_have_no_accuracy(tmp_path, run_tool):
     set_items(tmp_path / "b2", "01" * 200)
     status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
     assert status == 0 and "; the seeds of llama have different ones: hence “–”." in said
-    assert sorted(row[2] for row in rows(said).values() if len(row) == 13)[-1] == "–"
+    assert sorted(row[3] for row in rows(said).values() if len(row) == 14)[-1] == "–"
 
 
 # ---- edited scripts and repeated runs
@@ -648,7 +648,7 @@ def test_an_edited_script_is_another_model(has_diff, tmp_path, run_tool, monkeyp
         f"{name} (old)": [f"{name} (a1)", unknown, str(log / "old")],
     }
     ranked = [line.split("|") for line in board.splitlines()]
-    seeds = {cells[2].strip(): cells[-2].strip() for cells in ranked if len(cells) == 16}
+    seeds = {cells[2].strip(): cells[-2].strip() for cells in ranked if len(cells) == 17}
     assert seeds[f"{name} (a1)"] == "2" and seeds[f"{name}, edited script (b)"] == "1"
 
 
@@ -769,14 +769,15 @@ def test_a_script_of_ones_own_is_not_in_the_readmes_table_and_that_is_said(tmp_p
 
 def test_the_demonstrations_table(tmp_path, monkeypatch):
     config = {**vars(RWKV.Config()), **RWKV.RECIPE, "max_steps": 20}
-    for seed in (1, 2):
-        shutil.copytree(DEMO / f"deepseek-{seed}", tmp_path / f"results/demo/deepseek-{seed}")
+    demo = tmp_path / "results/demo"
+    collection.add(demo, [run for run in collection.read(DEMO) if run.architecture == "deepseek"])
     monkeypatch.setattr(table, "ROOT", tmp_path)
     (deepseek,) = [row for row in rows(table.demonstration()).values() if row[0] == "deepseek"]
     assert deepseek[2:] == ["927,072", "703,104", "558,432", "32,896"]
-    shutil.rmtree(tmp_path / "results/demo")
+    shutil.rmtree(demo)
     for seed in (1, 2):
-        write_run(tmp_path / f"results/demo/rwkv-{seed}", script="train_rwkv", own={**config, "seed": seed})
+        folder = write_run(tmp_path / f"log/rwkv-{seed}", script="train_rwkv", own={**config, "seed": seed})
+        collection.add(demo, [compare.read_run(folder)])
     (rwkv,) = [row for row in rows(table.demonstration()).values() if row[0].startswith("rwkv")]
     assert rwkv[0].startswith("rwkv (its paper's ") and "beta2 0.99" in rwkv[0]
     assert rwkv[2:] == ["1,000", "–", "–", "–"]  # no such model

@@ -31,9 +31,8 @@ def write_runs(folder):
 def made(tmp_path_factory):
     """The folder of a report, and its Markdown."""
     folder = tmp_path_factory.mktemp("page")
-    runs, repeats = compare.without_repeats([compare.read_run(run) for run in write_runs(folder / "log")])
-    left_out = [("log/x", "<b>empty</b>")]
-    markdown = compare.report(folder / "report", compare.pool_runs(runs), left_out, repeats)
+    runs = [compare.read_run(run) for run in write_runs(folder / "log")]
+    markdown = compare.report(folder / "report", runs, [("log/x", "<b>empty</b>")])
     return folder / "report", markdown
 
 

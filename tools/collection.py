@@ -1,12 +1,19 @@
 """
 A collection: what reports need of many finished runs, in one file.
 
-DIR/runs.jsonl has one line for each run, a JSON object. Of the training steps every fiftieth and the last
-are kept, of the scores' predictions the newest; the validation losses, the config and what was measured over
-all steps are kept whole. So a run takes some 10 kB instead of 200, and everything that tools.compare says of
-it is the same as from its folder, but for the number of points in the curves of the training loss and the
-experts' load, and the accuracies' bands before the last step: these have no predictions.
+    python -m tools.collection results/mine log/a-? log/b-?    # add runs to it
+
+DIR/runs.jsonl has one line for each run, a JSON object. The config, validation
+losses and scores are kept whole, and so is what was measured over all steps;
+of the training steps every fiftieth and the last, of the predictions item by
+item the newest. So a run takes some 6 kB instead of 200. tools.compare says
+the same of it as of its folder. Two kinds of pictures differ: the curve of the
+experts' load has fewer points, and the bands of the accuracies before the last
+step are a little wider, since there are no predictions for them.
+
+A run that is there already, by its name, is replaced.
 """
+import argparse
 import dataclasses
 import json
 import math
@@ -304,3 +311,49 @@ def read(path):
     for where, why in left_out:
         raise Unreadable(f"{where} {why}")
     return runs
+
+
+def read_all(paths):
+    """(the runs in folders and collections, [(where, why)] of what has to be left out)."""
+    runs = []
+    left_out = []
+    places = {Path(path).resolve(): Path(path) for path in paths}  # none twice
+    for path in places.values():
+        try:
+            if is_collection(path):
+                found, damaged = read_lines(path)
+                runs += found
+                left_out += damaged
+            else:
+                runs.append(reading.read_run(path))
+        except Unreadable as reason:
+            left_out.append((path, str(reason)))
+    return runs, left_out
+
+
+def main():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("collection", type=Path, help="its folder, which is made if it isn't there")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, as log/*, and collections")
+    args = fineweb.parse_strictly(parser)
+    runs, left_out = read_all(args.runs)
+    finished = [run for run in runs if run.finished]
+    for run in runs:
+        if not run.finished:
+            left_out.append((run.folder, f"is at step {run.steps} of {run.config['max_steps']}"))
+    for where, why in left_out:
+        print(f"left out: {where}: {why}")
+    try:
+        if finished:
+            add(args.collection, finished)
+            n_runs = len(read(args.collection))
+            print(f"{file_of(args.collection)}: {n_runs} runs, {len(finished)} of them added now")
+    except Unreadable as reason:
+        fineweb.fail(f"{reason}: nothing was added")
+    if left_out:
+        fineweb.fail(f"{len(left_out)} of {len(finished) + len(left_out)} runs were left out, see above")
+
+
+if __name__ == "__main__":
+    main()

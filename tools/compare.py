@@ -2,18 +2,25 @@
 Which architecture is better, by how much, and is it real?
 
     python -m tools.compare log/*        # -> report/: the page, leaderboard.md
+    python -m tools.compare results/demo log/mine
+                                         # with the runs of a collection
+    python -m tools.compare results/demo --only gpt2 llama
+                                         # of these architectures alone
     python -m tools.compare log/gpt2-? --save_reference results/x.jsonl
                                          # the band of these runs' losses
     python -m tools.compare log/mine --against results/x.jsonl
                                          # is my curve inside it?
 
-Reads each run's log.jsonl and its predictions item by item. Runs of the same
-script, to the letter, that differ in the seed only are pooled. Only runs that
-saw the same tokens in the same windows, were validated on the same ones and
-trained by the same recipe are ranked together; the others get a table of their
-own, with the reason. What a run's own paper prescribes instead of a shared
-value does not set it apart, but is printed in its row. An unfinished run is
-shown, but not ranked. Accuracies are compared over the same items only.
+Reads each run's log.jsonl and its predictions item by item, and collections,
+which tools.study makes: many runs in one runs.jsonl. Runs of the same script,
+to the letter, that differ in the seed only are pooled. Only runs that saw the
+same tokens in the same windows, were validated on the same ones, trained by
+the same recipe and started from the same weights are ranked together; the
+others get a table of their own, with the reason. What a run's own paper
+prescribes instead of a shared value does not set it apart, but is printed in
+its row. An unfinished run is shown, but not ranked. Accuracies are compared
+over the same items only. The runs of a study are compared with their bases
+first: see tools/effects.py.
 
 Verdicts are by the final validation loss over seeds: see tools/verdicts.py.
 With --against, the answer is for the curve as a whole: one more run like those
@@ -30,7 +37,7 @@ import subprocess
 from pathlib import Path
 
 import fineweb
-from tools import verdicts
+from tools import collection, effects, verdicts
 from tools.models import all_parameters, count_parameters
 from tools.page import Folded, as_html, as_markdown
 from tools.pictures import draw
@@ -44,10 +51,12 @@ from tools.runs import (
     pool_runs,
     read_run,
     require,
+    without_copies,
     without_repeats,
 )
 
 BUDGET = 124_475_904
+MOST_TOGETHER = 10  # entries of a study whose pairs and curves are shown
 
 # ----------------------------------------------------------------------------------------------------------
 # Is it fair?
@@ -88,6 +97,8 @@ def conditions(run):
         "recipe": {field: float(value) for field, value in recipe.items()},
         "changed": run.changed,
         "over the budget": run.facts["parameters"] > BUDGET,
+        "weights": run.init_from,
+        "size": run.study["size"] if run.study else "",
     }
 
 
@@ -108,6 +119,16 @@ def unlike(run, reference):
             parameters = max(each.facts["parameters"] for each in (run, reference))
             whose = "" if value else "of those above "
             reasons.append(f"{parameters:,} parameters {whose}are over the budget of {BUDGET:,}")
+        elif name == "weights":
+            if value:
+                reasons.append(f"it started from the weights in {value}")
+            if other:
+                reasons.append(f"those above started from the weights in {other}")
+        elif name == "size":
+            if value:
+                reasons.append(f"its size in its study is {value}")
+            if other:
+                reasons.append(f"the size of those above in their study is {other}")
         elif name == "changed":
             if value:
                 reasons.append(f"{', '.join(value)} changed between its first step and its last")
@@ -256,7 +277,8 @@ def score_name(key):
 
 def leaderboard(pools, keys):
     """The ranking as a Markdown table, with a column for each score of keys."""
-    head = ["rank", "architecture", "validation loss", *[f"{score_name(key)}, %" for key in keys]]
+    head = ["rank", "architecture", "validation loss", "bits per byte"]
+    head += [f"{score_name(key)}, %" for key in keys]
     head += ["parameters", "evaluated", "active", "embedding", "non-embedding"]
     head += ["training FLOPs", "tokens", "tokens/s", "device-hours", "seeds"]
     rows = []
@@ -290,31 +312,42 @@ def leaderboard_row(pool, keys):
     run = pool.first
     tokens = run.steps * run.config["batch_tokens"]
     flops = 3 * run.facts["flops_per_token"] * tokens  # forward, and backward of twice the work
+    bits, _ = pool.bits_per_byte()
     accuracies = []
     for key in keys:
         accuracy = pool.accuracy(key)
         accuracies.append(f"{100 * accuracy[0]:.2f} ± {100 * accuracy[1]:.2f}" if accuracy else "–")
 
-    times = []
-    hours = []
-    for other in pool.runs:
-        events = other.train.values()
-        times += [event["ms"] for event in events]
-        hours.append(sum(event["ms"] * event["processes"] for event in events) / 3.6e6)
+    medians = [other.median_ms for other in pool.runs if other.median_ms]
     speed = "–"
-    if times:
-        speed = f"{run.config['batch_tokens'] / statistics.median(times) * 1000:,.0f}"
+    if medians:
+        speed = f"{run.config['batch_tokens'] / statistics.median(medians) * 1000:,.0f}"
+    hours = statistics.mean(other.device_ms for other in pool.runs) / 3.6e6
     return [
         name_cell(pool),
         loss_cell(pool),
+        "–" if bits is None else f"{bits:.4f}",
         *accuracies,
         *parameter_cells(run),
         f"{flops:.2e}",
         f"{tokens:,}",
         speed,
-        f"{statistics.mean(hours):.3g}",
+        f"{hours:.3g}",
         str(len(pool.runs)),
     ]
+
+
+def unknown_bytes(pools):
+    """A line on each reason why pools have no loss in bits per byte."""
+    names = {}
+    for pool in pools:
+        bits, why = pool.bits_per_byte()
+        if bits is None:
+            names.setdefault(why, []).append(pool.name)
+    lines = []
+    for why, unknown in names.items():
+        lines.append(f"Bits per byte of {verdicts.listed(unknown)} are not known: {why}.")
+    return lines
 
 
 def set_other_items_apart(pools, key):
@@ -457,12 +490,19 @@ def read_reference(path):
         fineweb.fail(f"{path} is not a reference, or one of an older version: make it by --save_reference")
 
 
+LATER_CONDITIONS = {"weights": ""}  # those that older references lack
+
+
 def other_conditions(run, wanted):
     """How the conditions of a run differ from those of a reference, in words."""
     its = conditions(run) | {"script": run.facts["script"]}
     texts = []
     for name, value in its.items():
-        if name not in wanted or value == wanted[name]:
+        if name == "size" or value == wanted.get(name, LATER_CONDITIONS.get(name, value)):
+            continue
+        if name == "weights":
+            texts.append(f"started from the weights in {value or 'no checkpoint'}, "
+                         f"not in {wanted.get(name) or 'none'}")  # fmt: skip
             continue
         if name != "recipe":
             texts.append(f"{name} {value}, not {wanted[name]}")
@@ -515,7 +555,8 @@ def against(path, runs):
 HOW_TO_READ = (
     "± is half of a 95% interval's width everywhere, and bands and bars in the pictures reach as far: of "
     "losses over the seeds, by Student's t; of accuracies over the seeds and the items, with one seed over "
-    "the items alone. An interval is for its own figure or pair; p-values are corrected for the number of "
+    "the items alone. The validation loss is in nats per token; in bits per byte of text it can be compared "
+    "between tokenizers, too. An interval is for its own figure or pair; p-values are corrected for the number of "
     "pairs (Holm), and the verdicts go by them, at 5%."
 )
 SHARED_RECIPE = " A paper's own settings are in its row; `--recipe shared` trains with everyone's instead."
@@ -532,27 +573,36 @@ DOUBTS = {  # what the verdicts of the matrix mean that don't explain themselves
 
 
 def lost_scripts(pools):
-    """A line on each script that isn't here."""
-    lines = []
+    """A line on the scripts that aren't here, for each reason."""
+    lost = {}
     for name in sorted({pool.first.facts["script"] for pool in pools}):
         _, problem = load_script(name)
         if problem:
-            which = ", ".join(pool.name for pool in pools if pool.first.facts["script"] == name)
-            lines.append(f"{which}: its script {name}.py {problem}. So it is compared by its log alone: "
-                         "what its paper prescribes and how many parameters evaluation uses is not "
-                         "known.")  # fmt: skip
+            lost.setdefault(problem, []).append(name)
+    lines = []
+    for problem, scripts in lost.items():
+        which = verdicts.listed(pool.name for pool in pools if pool.first.facts["script"] in scripts)
+        if len(scripts) == 1:
+            line = f"{which}: its script {scripts[0]}.py {problem}. So it is compared by its log alone"
+        else:
+            problem = problem.replace("is not", "are not")
+            line = f"{which}: their scripts {problem}. So they are compared by their logs alone"
+        lines.append(line + ": what its paper prescribes and how many parameters evaluation uses is not known.")
     return lines
 
 
-def group_report(group, keys):
-    """(what the report says first of pools that are ranked together, the pairs folded), as paragraphs."""
+def group_report(group, keys, pairs=True):
+    """(what the report says first of pools that are ranked together, the pairs folded), as paragraphs.
+
+    pairs: whether to show the verdict on each pair.
+    """
     finished = [pool for pool in group if pool.finished]
     key = keys[0] if keys else None
     lines = [set_other_items_apart(group, each) for each in keys]
     differences = verdicts.compare_pairs(finished, key)
     first = [verdicts.headline(finished, differences), leaderboard(group, keys)]
-    first += [line for line in (*lines, *lost_scripts(group)) if line]
-    if not differences:
+    first += [line for line in (*unknown_bytes(group), *lines, *lost_scripts(group)) if line]
+    if not differences or not pairs:
         return first, []
     matrix = loss_matrix(finished, differences)
     first.append(matrix)
@@ -563,21 +613,29 @@ def group_report(group, keys):
     return first, [Folded("All pairs, one by one", [pairs_table(differences, key)])]
 
 
-def report(out, pools, left_out, repeats=()):
-    """Writes the tables, pictures and page into a folder; returns the Markdown."""
-    fineweb.make_folder(out)
-    parts = ["# Which is better, and is it real?"]
-    pictures = []
+def scores_of(pools):
+    """The scores that the runs of pools have, [(task, convention)] in the order of the report."""
+    keys = {key for pool in pools for run in pool.runs for key in run.scores}
+    return sorted(keys, key=lambda key: (key[0], key[1] != "nanogpt"))
+
+
+def how_to_read(pools):
     papers = any(by_paper(pool.first) for pool in pools)
+    return [HOW_TO_READ + (SHARED_RECIPE if papers else ""), OF_PARAMETERS]
+
+
+def rankings(out, pools):
+    """(parts, pictures) on runs of no study: a leaderboard for each group of equal conditions."""
+    parts = []
+    pictures = []
     for number, (group, reasons) in enumerate(fair_groups(pools)):
         if number:
             parts.append("## Not comparable with those above")
             parts.append("Ranked apart, because " + "; ".join(reasons) + ".")
-        keys = {key for pool in group for run in pool.runs for key in run.scores}
-        keys = sorted(keys, key=lambda key: (key[0], key[1] != "nanogpt"))
+        keys = scores_of(group)
         first, pairs = group_report(group, keys)
         if not number:
-            first[2:2] = [HOW_TO_READ + (SHARED_RECIPE if papers else ""), OF_PARAMETERS]
+            first[2:2] = how_to_read(pools)
         parts += first
         for file, words in draw(out, group, keys, f"group{number + 1}_" if number else ""):
             parts.append(f"![{words}]({file})")
@@ -586,21 +644,110 @@ def report(out, pools, left_out, repeats=()):
     differing = differences_table(pools)
     if differing:
         parts += ["## What differs between runs of one architecture", differing]
-    if left_out or repeats:
+    return parts, pictures
+
+
+def study_ranking(out, title, pools):
+    """(a Folded, pictures) on all runs of a study at one size: the leaderboard of those that can be ranked.
+
+    These are the largest group of equal conditions, in a sweep of learning rates those of one rate.
+    """
+    (group, _), *others = fair_groups(pools)
+    keys = scores_of(group)
+    few = len(group) <= MOST_TOGETHER
+    first, pairs = group_report(group, keys, few)
+    first[2:2] = how_to_read(group)
+    pictures = []
+    if few:
+        for file, words in draw(out, group, keys, effects.file_name(title).removesuffix(".png") + "_"):
+            first.append(f"![{words}]({file})")
+            pictures.append(file)
+    else:
+        first.append(f"The pairs, and the curves, of more than {MOST_TOGETHER} are too many to be seen: "
+                     "`--only NAME NAME` shows those of some.")  # fmt: skip
+    for apart, reasons in others:
+        names = verdicts.listed(pool.name for pool in apart)
+        first.append(f"Not ranked with them: {names}, because {'; '.join(reasons)}.")
+    differing = differences_table(pools)
+    if differing:
+        first.append(differing)
+    return Folded(f"{title}: all of it, ranked", [*first, *pairs]), pictures
+
+
+def study_rankings(out, pools):
+    """(parts, pictures) on the runs of studies, a study and size after another."""
+    together = {}
+    for pool in pools:
+        study = pool.first.study
+        place = study["name"], collection.size_in_numbers(study["size"]), study["size"]
+        together.setdefault(place, []).append(pool)
+    parts = []
+    pictures = []
+    for name, number, size in sorted(together):
+        folded, files = study_ranking(out, f"{name} at {size}", together[name, number, size])
+        parts.append(folded)
+        pictures += files
+    return parts, pictures
+
+
+def report(out, runs, left_out, copies=()):
+    """Writes the tables, pictures and page on runs.Run into a folder; returns the Markdown.
+
+    left_out: [(where, why)] on what could not be read; copies: lines on runs that were given twice.
+    """
+    fineweb.make_folder(out)
+    parts = ["# Which is better, and is it real?"]
+    pictures = []
+    kept, repeats = without_repeats(runs)
+    pools = pool_runs(kept)
+    of_study = [pool for pool in pools if pool.first.study]
+    others = [pool for pool in pools if not pool.first.study]
+    if of_study:
+        said, files = effects.study_parts([run for run in runs if run.study], out)
+        parts += said
+        pictures += files
+    if others:
+        if of_study:
+            parts.append("## Runs of no study")
+        said, files = rankings(out, others)
+        parts += said
+        pictures += files
+    if of_study:
+        parts.append("## The runs of the study, ranked")
+        said, files = study_rankings(out, of_study)
+        parts += said
+        pictures += files
+    lines = [*copies, *repeats]
+    if left_out or lines:
         parts.append("## Left out")
     if left_out:
-        parts.append(table(["run", "why"], [[str(folder), why] for folder, why in left_out]))
-    parts += [f"{line}." for line in repeats]
+        parts.append(table(["run", "why"], [[str(where), why] for where, why in left_out]))
+    parts += [f"{line}." for line in lines]
     markdown = as_markdown(parts)
     (out / "leaderboard.md").write_text(markdown, encoding="utf-8")
     (out / "index.html").write_text(as_html(parts, out, pictures), encoding="utf-8")
     return markdown
 
 
+def show(markdown, folded):
+    """Prints a report without its pictures; folded: whether with what the page folds away."""
+    before = ""
+    depth = 0
+    for line in markdown.splitlines():
+        depth += (line == "<details>") - (line == "</details>")
+        if line.startswith(("![", "<")) or (depth and not folded):
+            continue
+        if line or before:
+            print(line)
+        before = line
+
+
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, as log/*")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, as log/*, and collections")
+    parser.add_argument("--only", nargs="+", metavar="NAME",
+                        help="only runs of these architectures, or entries of a study")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report: report")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with this band instead")
     parser.add_argument("--save_reference", type=Path, metavar="FILE", help="write the runs' band instead")
@@ -611,37 +758,45 @@ def main():
         fineweb.fail(f"the package {missing.name} is missing: pip install -r requirements.txt")
 
 
+def names_of(run):
+    """The names by which --only finds a run."""
+    names = {run.architecture, run.architecture.replace("_", "-")}  # a variant's script is train_gpt2_rope
+    if run.study:
+        names.add(run.study["entry"])
+    return names
+
+
+def only(runs, names):
+    """The runs of these architectures, or entries of studies. Raises SystemExit for a name without runs."""
+    there = set().union(*map(names_of, runs))
+    for name in names:
+        if name not in there:
+            fineweb.fail(f"--only {name}: no run here has this name; there are {', '.join(sorted(there))}")
+    return [run for run in runs if names_of(run) & set(names)]
+
+
 def run_command(args):
-    runs = []
-    left_out = []
-    folders = {folder.resolve(): folder for folder in args.runs}  # none twice
-    for folder in folders.values():
-        try:
-            runs.append(read_run(folder))
-        except Unreadable as reason:
-            left_out.append((folder, str(reason)))
-            print(f"left out: {folder}: {reason}")
+    runs, left_out = collection.read_all(args.runs)
+    for where, why in left_out:
+        print(f"left out: {where}: {why}")
+    n_read = len(runs)
     if not runs:
-        fineweb.fail("there is no run to compare: give folders like log/gpt2-tiny")
+        fineweb.fail("there is no run to compare: give folders like log/gpt2-tiny, or collections")
+    if args.only:
+        runs = only(runs, args.only)
     if args.against:
         outside = against(args.against, runs)
         raise SystemExit(1 if outside or left_out else 0)
-    runs, repeats = without_repeats(runs)
-    pools = pool_runs(runs)
     fineweb.refuse_folder("--save_reference", args.save_reference)
+    runs, copies = without_copies(runs)
     if args.save_reference:
-        save_reference(args.save_reference, pools)
+        save_reference(args.save_reference, pool_runs(runs))
     else:
-        before = ""
-        for line in report(args.out, pools, left_out, repeats).splitlines():
-            if line.startswith(("![", "<")):  # the pictures, and what folds the pairs away
-                continue
-            if line or before:
-                print(line)
-            before = line
+        markdown = report(args.out, runs, left_out, copies)
+        show(markdown, folded=not any(run.study for run in runs))
         print(f"the page: {args.out}/index.html")
     if left_out:
-        fineweb.fail(f"{len(left_out)} of {len(folders)} folders were left out, see above")
+        fineweb.fail(f"{len(left_out)} of {n_read + len(left_out)} runs were left out, see above")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import subprocess
 import sys
 
 import fineweb
-from tools import bench, compare, sync
+from tools import bench, collection, compare, sync
 from tools.models import all_parameters, make_model
 from tools.sync import ORIGINAL, ROOT, siblings
 
@@ -145,11 +145,14 @@ def speed():
 
 def demonstration():
     """The runs in results/demo in order of loss, as tools.compare ranks them."""
-    runs = [compare.read_run(log.parent) for log in sorted((ROOT / "results/demo").glob("*/log.jsonl"))]
+    try:
+        runs = collection.read(ROOT / "results/demo")
+    except compare.Unreadable as reason:
+        fineweb.fail(str(reason))
     (pools, _), *others = compare.fair_groups(compare.pool_runs(runs))
     if others:
         fineweb.fail("the runs in results/demo can't all be compared: "
-                     "see `python -m tools.compare results/demo/*`")  # fmt: skip
+                     "see `python -m tools.compare results/demo`")  # fmt: skip
     rows = []
     for rank, pool in enumerate(sorted(pools, key=lambda pool: pool.loss()), start=1):
         counts = compare.parameter_cells(pool.first)[:4]
