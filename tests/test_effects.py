@@ -57,9 +57,13 @@ def plain(parts):
 
 
 def rows(said):
-    """{first cell: the other cells} of all tables."""
-    tables = [line.split("|") for line in said.splitlines() if line.startswith("|")]
-    return {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in tables}
+    """{first cell: the other cells} of all tables, of a name's rows the first."""
+    found = {}
+    for line in said.splitlines():
+        if line.startswith("|"):
+            _, name, *cells, _ = line.split("|")
+            found.setdefault(name.strip(), [cell.strip() for cell in cells])
+    return found
 
 
 def is_drawn(path):
@@ -131,11 +135,11 @@ UNEQUAL = [
     (dict(val_tokens=8192), "val_tokens 8192, not 4096"),
     (dict(weight_decay=0.0), "weight_decay 0, not 0.1"),
     (dict(max_lr=0.004), "max_lr 0.004, not 0.002"),
-    (dict(init_from="gpt2.pt"), "init_from gpt2.pt, not "),
+    (dict(init_from="gpt2.pt"), "init_from gpt2.pt, not nothing"),
     (dict(facts={"torch": "2.11.0"}), "torch 2.11.0, not 2.13.0"),
     (dict(facts={"dtype": "torch.bfloat16 (asked for)"}), "dtype torch.bfloat16, not torch.float32"),
     (dict(facts={"data": {"tokenizer": "bytes", "fingerprint": "g"}}), "data g, not f"),
-    (dict(changed=["grad_clip"]), "changed midway grad_clip, not nothing"),
+    (dict(changed=["grad_clip"]), "grad_clip changed midway in ablations-0.8M-gpt2-rope-1"),
 ]
 
 
@@ -163,6 +167,10 @@ def test_a_learning_rate_times_its_multiple_and_a_papers_recipe_are_no_unequal_c
     recipe = train_rwkv.RECIPE
     rwkv = make_run("rwkv", facts={"script": "train_rwkv"}, **recipe | {"recipe": "paper"})
     assert effects.differing(rwkv, make_run("gpt2")) == []
+    base = effects.Group("gpt2", 1.0, {1: make_run("gpt2")})
+    (effect,) = effects.compare_with(base, [effects.Group("rwkv", 1.0, {1: rwkv})])
+    name = effects.name_cell(effect)
+    assert name.startswith("rwkv (its paper's ") and "beta2 0.99" in name and "weight_decay" not in name
     edited = make_run("rwkv", facts={"script": "train_rwkv"}, **recipe | {"recipe": "paper", "beta2": 0.5})
     assert effects.differing(edited, make_run("gpt2")) == ["beta2 0.5, not 0.95"]
 
@@ -250,6 +258,51 @@ def test_a_large_effect_is_found_and_has_the_right_sign(without_conditions):
         assert by_name["e1"].verdict != verdicts.WORSE
         found += by_name["e1"].verdict == verdicts.BETTER
     assert found >= 90
+
+
+def test_one_spread_for_all_finds_more_and_holds_if_it_is_one(without_conditions):
+    def share_found(studies, **truth):
+        rng = np.random.default_rng(2)
+        found = 0
+        paired = 0
+        for _ in range(studies):
+            base, *others = bare(simulate(rng, 6, **truth))
+            compared = effects.compare_with(base, others)
+            found += any(effect.shared_p < 0.05 for effect in compared)
+            paired += any(effect.p < 0.05 for effect in compared)
+        return found / studies, paired / studies
+
+    assert 0.02 < share_found(1500)[0] <= 0.05
+    assert share_found(1000, own=[3.0, 1, 1, 1, 1, 1, 1])[0] > 0.1  # as the report warns
+    shared, paired = share_found(300, shift=-4.0)
+    print(f"four standard deviations are found in {shared:.0%}, by the paired test alone in {paired:.0%}")
+    assert shared > 0.85 and paired < 0.5
+
+
+def test_one_spread_for_all_by_hand_and_in_the_report(tmp_path):
+    a, b, c = {1: 1.0, 2: 2.0, 3: 4.0}, {1: 1.5, 2: 2.4, 3: 4.9}, {1: 0.0, 2: 1.5, 3: 3.0}
+    (alone,) = verdicts.compare_by_shared_spread(a, [b])
+    paired = verdicts.compare_losses(b, a)  # of two it is the same
+    assert alone.difference == pytest.approx(paired.difference)
+    assert (alone.half, alone.p) == pytest.approx((paired.half, paired.p))
+    # the residuals of three by three, 4 degrees of freedom, by their definition
+    y = np.array([[each[seed] for seed in (1, 2, 3)] for each in (a, b, c)])
+    squares = 0.0
+    for i in range(3):
+        for j in range(3):
+            squares += (y[i, j] - y[i].mean() - y[:, j].mean() + y.mean()) ** 2
+    both = verdicts.compare_by_shared_spread(a, [b, c])
+    assert both[1].difference == pytest.approx(-5 / 6)
+    assert both[1].half == pytest.approx(2.776445 * math.sqrt(2 / 3 * squares / 4), rel=1e-6)
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("gpt2-other", [3.0, 3.1001, 2.9])
+    runs += make_entry("gpt2-rope", [2.99, 3.088, 2.884]) + make_entry("gpt2-more", [3.001, 3.1, 2.9])
+    runs += make_entry("gpt2-few", [2.0, 2.1])
+    said = plain(effects.study_parts(runs, tmp_path)[0])
+    line = "If all of them varied alike between seeds, these would be told apart as well: gpt2-rope better "
+    assert line + "(-0.0127)." in said
+    table = rows(said.split("A second look")[1])
+    assert table["gpt2-rope"][1] == "better" and table["gpt2-rope"][3] == "not distinguishable"
+    assert table["gpt2-other"][1] == "not distinguishable" and "gpt2-few" not in table
 
 
 # ---- learning rates

@@ -241,6 +241,13 @@ def plain_ticks(low, high):
     return [tick for tick in MaxNLocator(nbins=7).tick_values(low, high) if low <= tick <= high]
 
 
+def power_of_ten(x, _):
+    """A tick's number, as 2 x 10^12, in matplotlib's notation."""
+    mantissa, exponent = f"{x:.0e}".split("e")
+    power = f"10^{{{int(exponent)}}}"
+    return f"${power}$" if mantissa == "1" else rf"${mantissa}\times{power}$"
+
+
 def draw_scaling(path, title, xlabel, curves, ticks=None):
     """Writes one PNG of losses against size on two logarithmic axes, with 95% intervals as bands.
 
@@ -248,6 +255,7 @@ def draw_scaling(path, title, xlabel, curves, ticks=None):
     places on the x axis, {x: name}.
     """
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
     axis.set_xscale("log")
@@ -263,7 +271,7 @@ def draw_scaling(path, title, xlabel, curves, ticks=None):
         above = [value + half for value, half in zip(y, halves, strict=True)]
         if any(halves):
             # a band may reach below zero with two seeds; what a logarithmic axis can't show is cut off
-            axis.fill_between(x, np.maximum(below, 0.01 * min(y)), above, color=colour, alpha=0.13, lw=0)
+            axis.fill_between(x, np.maximum(below, 0.01 * min(y)), above, color=colour, alpha=0.1, lw=0)
         low += [max(floor, 0.9 * value) for floor, value in zip(below, y, strict=True)]
         high += [min(ceiling, 1.1 * value) for ceiling, value in zip(above, y, strict=True)]
         ends.append((name, x[-1], y[-1], colour))
@@ -273,6 +281,9 @@ def draw_scaling(path, title, xlabel, curves, ticks=None):
     axis.minorticks_off()
     if ticks:
         axis.set_xticks(list(ticks), list(ticks.values()))
+    else:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(power_of_ten))
     axis.set_title(title, fontsize=13)
     axis.set_xlabel(xlabel, fontsize=11)
     axis.set_ylabel("validation loss, nats per token", fontsize=11)

@@ -338,15 +338,14 @@ def tokens_line(sizes):
 
 
 def draw_laws(folder, file, title, xlabel, curves, x_of, ticks=None):
-    """Draws the entries' losses against x_of(run), by loss at the largest size."""
+    """Draws the entries' losses against x_of(run). An entry has the same colour in all such pictures."""
     lines = {}
-    for entry, curve in curves.items():
+    for entry, curve in sorted(curves.items()):
         points = []
         for group in curve.values():
             half = verdicts.half_interval(list(group.losses().values()))
             points.append((x_of(group.first), group.mean(), half or 0.0))
         lines[entry] = points
-    lines = dict(sorted(lines.items(), key=lambda line: line[1][-1][1]))
     draw_scaling(folder / file, title, xlabel, lines, ticks)
 
 

@@ -134,6 +134,23 @@ def compare_losses(a, b):
     return estimate(mean_a - mean_b, [of_seeds], how)
 
 
+def compare_by_shared_spread(base, others):
+    """An Estimate for each of others minus base, {seed: loss} with the same two seeds or more in all of them.
+
+    The noise is what neither the seed nor the entry explains in all of them together (the residuals of a
+    two-way analysis of variance), so it has many degrees of freedom where the paired t test has few. That is
+    right if all vary alike between seeds, and finds too much where the base varies more than the others.
+    """
+    seeds = sorted(base)
+    losses = np.array([[each[seed] for seed in seeds] for each in (base, *others)])
+    means = losses.mean(axis=1)
+    residuals = losses - means[:, None] - losses.mean(axis=0) + losses.mean()
+    freedom = len(others) * (len(seeds) - 1)
+    squared = 2 / len(seeds) * float((residuals**2).sum()) / freedom
+    how = f"shared spread, {len(seeds)} seeds"
+    return [estimate(float(mean - means[0]), [(squared, freedom)], how) for mean in means[1:]]
+
+
 def mcnemar(right_a, right_b):
     """Exact two-sided p-value that two models answer equally well, from lists of which items were right.
 
