@@ -368,8 +368,8 @@ def test_broken_logs_are_named_and_left_out(tmp_path, run_tool):
 
 def test_a_run_event_without_what_is_compared_is_named(tmp_path):
     folder = write_run(tmp_path / "a", own={"max_steps": 20})
-    with pytest.raises(compare.Unreadable, match="line 1 of its log.jsonl is not an event of a run"):
-        compare.read_run(folder)
+    with pytest.raises(reading.Unreadable, match="line 1 of its log.jsonl is not an event of a run"):
+        reading.read_run(folder)
 
 
 def test_a_script_that_is_not_here_is_compared_by_its_log(tmp_path, run_tool):
@@ -399,11 +399,11 @@ def test_runs_from_before_fields_were_renamed_are_read(name, total, evaluated, a
 
 def test_an_evaluation_later_changes_neither_the_run_nor_its_hours(tmp_path):
     folder = write_run(tmp_path / "a")
-    before = compare.read_run(folder)
+    before = reading.read_run(folder)
     score = {"task": "hellaswag", "convention": "harness", "n": 4, "acc_norm": 0.5}
     add(folder, {"processes": 8}, {"event": "score", "step": 20, **score},
         {"config": {"val_tokens": 1000}}, {"event": "val", "step": 20, "loss": 9.0})  # fmt: skip
-    run = compare.read_run(folder)
+    run = reading.read_run(folder)
     assert (run.facts, run.val, run.train, run.changed) == (before.facts, before.val, before.train, [])
     assert run.scores.keys() - before.scores.keys() == {("hellaswag", "harness")}
 
@@ -415,11 +415,272 @@ def test_a_run_that_was_changed_midway_is_not_ranked_with_the_others(tmp_path, r
     add(folder, {"config": {"max_lr": 1e-3}, "processes": 8},
         {"event": "train", "step": 20, "ms": 100.0, "loss": 3.0},
         {"event": "val", "step": 20, "loss": 2.0})  # fmt: skip
-    run = compare.read_run(folder)
+    run = reading.read_run(folder)
     assert run.changed == ["max_lr"]
     assert [event["processes"] for event in run.train.values()] == [1] * 20 + [8]
     status, said = run_tool(tmp_path / "a", tmp_path / "b", folder, "--out", tmp_path / "report")
     assert status == 0 and "max_lr changed between its first step and its last" in said
+
+
+# ---- collections
+
+
+def write_pairs(folder):
+    """Two architectures with three seeds each, every step of another length."""
+    for seed in (1, 2, 3):
+        for script, loss in (("train_gpt2", 3.0), ("train_llama", 2.0 + 0.1 * seed**2)):
+            losses = (5.0, 4.0 + 0.001 * seed, 3.5, loss, loss, loss - 0.1)
+            place = folder / f"{script}-{seed}"
+            run = write_run(place, losses, 40 + seed, script=script, seed=seed, load=1.5)
+            lines = []
+            for number, line in enumerate((run / "log.jsonl").read_text().splitlines()):
+                event = json.loads(line)
+                if event["event"] == "train":
+                    event["ms"] += 7.123 * (number * seed % 13)
+                lines.append(json.dumps(event) + "\n")
+            (run / "log.jsonl").write_text("".join(lines))
+    return sorted(folder.iterdir())
+
+
+def test_of_a_collection_the_same_is_said_as_of_its_folders(tmp_path, run_tool):
+    folders = write_pairs(tmp_path / "log")
+    collection.add(tmp_path / "kept", [reading.read_run(folder) for folder in folders])
+    said = {}
+    for name, given in {
+        "folders": folders, "folder": [tmp_path / "kept"], "file": [tmp_path / "kept/runs.jsonl"],
+    }.items():  # fmt: skip
+        status, _ = run_tool(*given, "--out", tmp_path / name)
+        assert status == 0
+        said[name] = (tmp_path / name / "leaderboard.md").read_text()
+    assert "2.3667 ± " in said["folders"] and "11.50 ± " not in said["folders"]
+    assert said["folders"] == said["folder"] == said["file"]
+    for folder in folders:
+        shutil.rmtree(folder)
+    bands = []
+    for name in ("a.jsonl", "b.jsonl"):
+        given = [tmp_path / "kept"] if name == "a.jsonl" else write_pairs(tmp_path / "log")
+        status, _ = run_tool(*given, "--only", "gpt2", "--save_reference", tmp_path / name)
+        assert status == 0
+        bands.append((tmp_path / name).read_text())
+    assert bands[0] == bands[1] and bands[0].count("\n") == 6
+
+
+def test_collections_and_folders_together_and_a_run_that_is_in_both(tmp_path, run_tool):
+    folders = write_pairs(tmp_path / "log")
+    runs = [reading.read_run(folder) for folder in folders]
+    collection.add(tmp_path / "kept", runs[:4])
+    status, said = run_tool(tmp_path / "kept", *folders[3:], "--out", tmp_path / "report")
+    assert status == 0 and rows(said)["1"][-1] == rows(said)["2"][-1] == "3", said
+    twice = f"{tmp_path}/kept/train_llama-1 and {folders[3]} are one run, which counts once."
+    assert said.count("are one run") == 1 and twice in said and "no second seed" not in said
+
+
+def test_what_a_collection_knows_of_a_runs_study_its_folder_gets(tmp_path):
+    folder = write_run(tmp_path / "log/a")
+    run = reading.read_run(folder)
+    run.study = {"name": "s", "size": "0.8M", "entry": "gpt2-rope", "base": None, "rate": 1.0}
+    collection.add(tmp_path / "kept", [run])
+    for order in ([folder, tmp_path / "kept"], [tmp_path / "kept", folder]):
+        runs, _ = collection.read_all(order)
+        (kept,), (line,) = reading.without_copies(runs)
+        assert kept.folder == folder and len(kept.train) == 20 and kept.study == run.study
+        assert line == f"{tmp_path}/kept/a and {folder} are one run, which counts once"
+
+
+def test_a_damaged_line_of_a_collection_is_left_out(tmp_path, run_tool):
+    folders = write_pairs(tmp_path / "log")
+    collection.add(tmp_path / "kept", [reading.read_run(folder) for folder in folders])
+    file = tmp_path / "kept/runs.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    lines[1] = lines[1].replace("flops_per_token", "flops")
+    file.write_text("".join(lines[:-1]) + lines[-1][:-200])
+    status, said = run_tool(tmp_path / "kept", "--out", tmp_path / "report")
+    assert status == 1 and said.endswith("2 of 6 runs were left out, see above\n")
+    for number, why in ((2, "it lacks 'flops_per_token'"), (6, "or only part of one")):
+        first = f"left out: {file}, line {number}: "
+        (line,) = [line for line in said.splitlines() if line.startswith(first)]
+        assert why in line
+    assert f"| {file}, line 2 | is not a run of a collection: it lacks 'flops_per_token' |" in said
+
+
+def test_only_some_architectures_are_compared(tmp_path, run_tool):
+    folders = write_pairs(tmp_path / "log") + [write_run(tmp_path / "x", script="train_gpt2_rope")]
+    status, said = run_tool(*folders, "--only", "llama", "gpt2-rope", "--out", tmp_path / "report")
+    assert status == 0 and "| gpt2 |" not in said and "| llama |" in said and "| gpt2_rope |" in said
+    status, said = run_tool(*folders, "--only", "lama", "--out", tmp_path / "none")
+    assert status == 1 and not (tmp_path / "none").exists()
+    assert said == "--only lama: no run here has this name; there are gpt2, gpt2-rope, gpt2_rope, llama\n"
+
+
+def test_the_reference_in_results_is_made_from_the_collections_there(tmp_path, run_tool):
+    places = [ROOT / "results/demo", ROOT / "results/band"]
+    status, said = run_tool(*places, "--only", "gpt2", "--save_reference", tmp_path / "x.jsonl")
+    assert status == 0, said
+    assert (tmp_path / "x.jsonl").read_text() == (ROOT / "results/gpt2-tiny.jsonl").read_text()
+
+
+# ---- bits per byte
+
+
+class Pieces:
+    """As much of GPT-2's tokenizer as is asked for: 50,257 tokens of one to four bytes."""
+
+    n_vocab = 50257
+    eot_token = 50256
+
+    def decode_single_token_bytes(self, token):
+        return b"<|endoftext|>" if token == self.eot_token else b"x" * (1 + token % 4)
+
+
+def write_gpt2_shard(folder, tokens):
+    """A dataset without a manifest, as llm.c writes it; returns its fingerprint."""
+    folder.mkdir()
+    for split in ("val", "train"):
+        content = fineweb.shard_header(len(tokens)) + np.array(tokens, dtype=np.uint16).tobytes()
+        (folder / f"x_{split}_000000.bin").write_bytes(content)
+    return fineweb.open_dataset(folder)["fingerprint"]
+
+
+def test_a_byte_is_a_token_of_a_model_of_bytes(tmp_path, run_tool):
+    status, said = run_tool(write_run(tmp_path / "a", losses=(5.0, 2.0)), "--out", tmp_path / "report")
+    assert status == 0 and rows(said)["1"][1:3] == ["2.0000", f"{2 / math.log(2):.4f}"]
+    assert "Bits per byte of" not in said
+
+
+def test_the_bytes_of_gpt2s_tokens_are_counted(tmp_path, run_tool, monkeypatch):
+    monkeypatch.setattr(fineweb, "get_tokenizer", lambda name: Pieces())
+    # two windows of four predictions are validated: all tokens but the first, and the last two
+    tokens = [7, 0, 1, 50256, 3, 2, 3, 3, 1, 3, 3]
+    fingerprint = write_gpt2_shard(tmp_path / "data", tokens)
+    data = {"dataset": "d", "tokenizer": "gpt2", "vocab_size": 50257, "fingerprint": fingerprint}
+    fields = dict(data_dir=str(tmp_path / "data"), block_size=4, val_tokens=8)
+    folder = write_run(tmp_path / "a", losses=(5.0, 2.0), facts={"data": data}, **fields)
+    n_bytes = (1 + 2 + 1 + 4 + 3 + 4 + 4 + 2) / 8
+    status, said = run_tool(folder, "--out", tmp_path / "report")
+    assert status == 0 and rows(said)["1"][2] == f"{2 / math.log(2) / n_bytes:.4f}"
+    # a collection remembers it where the data are no longer
+    collection.add(tmp_path / "kept", [reading.read_run(folder)])
+    shutil.rmtree(tmp_path / "data")
+    reading.count_bytes.cache_clear()
+    status, said = run_tool(tmp_path / "kept", "--out", tmp_path / "report")
+    assert status == 0 and rows(said)["1"][2] == f"{2 / math.log(2) / n_bytes:.4f}"
+    status, said = run_tool(folder, "--out", tmp_path / "report")
+    assert status == 0 and rows(said)["1"][2] == "–"
+    assert f"Bits per byte of gpt2 are not known: the tokens are not here, in {tmp_path}/data." in said
+
+
+def test_why_the_bytes_are_not_known_is_said(tmp_path, run_tool, monkeypatch):
+    fingerprint = write_gpt2_shard(tmp_path / "data", [1] * 20)
+    fields = dict(data_dir=str(tmp_path / "data"), block_size=4, val_tokens=8)
+    data = {"dataset": "d", "tokenizer": "gpt2", "vocab_size": 50257}
+    other = write_run(tmp_path / "a", facts={"data": data | {"fingerprint": "other"}}, **fields)
+    status, said = run_tool(other, "--out", tmp_path / "report")
+    assert status == 0 and rows(said)["1"][2] == "–"
+    assert f"Bits per byte of gpt2 are not known: {tmp_path}/data holds other tokens than theirs." in said
+
+    def no_network(name):
+        raise SystemExit("GPT-2's vocabulary can't be loaded")
+
+    monkeypatch.setattr(fineweb, "get_tokenizer", no_network)
+    ours = write_run(tmp_path / "b", facts={"data": data | {"fingerprint": fingerprint}}, **fields)
+    status, said = run_tool(ours, "--out", tmp_path / "report")
+    assert status == 0 and "Bits per byte of gpt2 are not known: GPT-2's vocabulary can't be loaded." in said
+
+
+# ---- studies
+
+
+def make_study(entries, sizes=("0.8M",), seeds=(1, 2, 3), rates=(1.0,)):
+    """Runs of a study without files, for each entry: (its name, its script, its base)."""
+    runs = []
+    for size in sizes:
+        for number, (entry, script, base) in enumerate(entries):
+            for rate in rates:
+                for seed in seeds:
+                    loss = 3.0 + 0.1 * number + 0.01 * seed**2 * (number + 1) + 0.2 * abs(rate - 1)
+                    folder = f"log/s-{size}-{entry}-x{rate:g}-{seed}"
+                    n_layer = 4 if size == "0.8M" else 2
+                    run = make_run(script, folder, seed=seed, loss=loss, max_lr=2e-3 * rate,
+                                   min_lr=2e-4 * rate, n_layer=n_layer, window=number,
+                                   run_name=folder)  # fmt: skip
+                    run.study = {"name": "s", "size": size, "entry": entry, "base": base, "rate": rate}
+                    runs.append(run)
+    return runs
+
+
+SOME = [("gpt2", "train_gpt2", None), ("wide", "train_gpt2", "gpt2"), ("deep", "train_llama", "gpt2")]
+
+
+def test_the_pools_of_a_study_have_the_names_of_its_entries():
+    runs = make_study(SOME, rates=(0.5, 1.0)) + [make_run("train_gpt2", "log/mine")]
+    names = {pool.name: len(pool.runs) for pool in compare.pool_runs(runs)}
+    plain = {"gpt2": 3, "wide": 3, "deep": 3}
+    slow = {f"{name}, rate x0.5": 3 for name in plain}
+    plain["gpt2, 0.8M"] = plain.pop("gpt2")
+    assert names == plain | slow | {"gpt2": 1}  # gpt2 alone is that of no study
+    # nothing but their place tells these apart
+    same = make_study([("a", "train_gpt2", None)], seeds=(1,))
+    same += make_study([("b", "train_gpt2", "a")], seeds=(1,))
+    assert sorted(pool.name for pool in compare.pool_runs(same)) == ["a", "b"]
+
+
+def test_a_study_comes_first_and_has_one_leaderboard_for_each_size(tmp_path):
+    runs = make_study(SOME, sizes=("2.7M", "0.8M"), rates=(0.5, 1.0))
+    runs += [make_run("train_gpt2", f"log/mine-{seed}", seed=seed) for seed in (1, 2)]
+    said = compare.report(tmp_path, runs, [])
+    assert said.count("| rank | architecture |") == 3
+    places = [said.index(text) for text in (
+        "## Study s at 0.8M", "| against gpt2 |", "<summary>s at 0.8M: all of it, ranked</summary>",
+        "| rank |", "<summary>s at 2.7M: all of it, ranked</summary>", "## Runs of no study",
+        "gpt2 alone is ranked",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    ranked = said.split("<summary>s at 2.7M: all of it, ranked</summary>")[1].split("## Runs of no study")[0]
+    board = rows(ranked)
+    assert [board[place][0] for place in "123"] == ["gpt2", "wide", "deep"]
+    apart = "(gpt2, rate x0.5), (wide, rate x0.5), (deep, rate x0.5)"
+    assert f"Not ranked with them: {apart}, because max_lr is 0.001, not 0.002; min_lr is " in ranked
+    for name in ("effects_s_0.8M.png", "s_at_2.7M_loss_tokens.png", "loss_tokens.png", "index.html"):
+        assert (tmp_path / name).stat().st_size > 5000
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == said.count("![") and 'src="' + "s_at" not in page
+
+
+def test_the_pairs_of_many_entries_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "draw", lambda *given: [("x.png", "x")])
+    (tmp_path / "x.png").write_bytes(b"x")
+    for count, shown in ((10, True), (11, False)):
+        entries = [("base", "train_gpt2", None)]
+        entries += [(f"e{number}", "train_llama", "base") for number in range(1, count)]
+        said = compare.report(tmp_path, make_study(entries, seeds=(1, 2)), [])
+        assert f"Of {verdicts.NUMBERS[count]}, base has the lowest validation loss" in said
+        assert ("this one's loss is" in said) == ("All pairs" in said) == ("x.png" in said) == shown
+        assert ("more than 10 are too many to be seen" in said) != shown
+
+
+def test_of_a_study_what_is_folded_away_is_not_printed(tmp_path, run_tool):
+    runs = []
+    for seed in (1, 2):
+        for entry, loss in (("gpt2", 3.0), ("wide", 2.9)):
+            layers = 4 if entry == "wide" else 3
+            folder = write_run(tmp_path / "log" / f"{entry}-{seed}", (5.0, loss), seed=seed, n_layer=layers)
+            run = reading.read_run(folder)
+            base = "gpt2" if entry == "wide" else None
+            run.study = {"name": "s", "size": "0.8M", "entry": entry, "base": base, "rate": 1.0}
+            runs.append(run)
+    collection.add(tmp_path / "kept", runs)
+    status, said = run_tool(tmp_path / "kept", "--out", tmp_path / "report")
+    assert status == 0 and "| against gpt2 |" in said and "| wide |" in said
+    assert "| rank |" not in said and "| rank |" in (tmp_path / "report/leaderboard.md").read_text()
+    status, said = run_tool(tmp_path / "kept", "--only", "gpt2", "--out", tmp_path / "report")
+    assert status == 0 and "| wide |" not in said
+
+
+def test_sizes_of_a_study_are_not_ranked_together():
+    runs = make_study(SOME[:1], sizes=("0.8M", "2.7M"))
+    (small, _), (large, reasons) = compare.fair_groups(compare.pool_runs(runs))
+    assert [pool.name for pool in small + large] == ["gpt2, 0.8M", "gpt2, 2.7M"]
+    assert reasons == ["its size in its study is 2.7M", "the size of those above in their study is 0.8M"]
 
 
 # ---- equal conditions
@@ -440,6 +701,29 @@ def make_run(script, folder="log/x", script_hash=None, seed=1, loss=3.0, **field
 def names_of(runs):
     """The groups that runs fall into, as lists of sorted names."""
     return [sorted(pool.name for pool in group) for group, _ in compare.fair_groups(compare.pool_runs(runs))]
+
+
+def test_runs_that_started_from_other_weights_are_ranked_apart(tmp_path, run_tool):
+    write_run(tmp_path / "a", n_layer=1)
+    write_run(tmp_path / "b", n_layer=2, init_from="")
+    write_run(tmp_path / "c", n_layer=3, init_from="log/x/step_000010.pt", losses=(3.0, 2.0, 1.0))
+    status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
+    main, apart = said.split("## Not comparable with those above")
+    assert status == 0 and "n_layer 1" in main and "n_layer 2" in main and "n_layer 3" not in main
+    assert "Ranked apart, because it started from the weights in log/x/step_000010.pt." in apart
+
+
+def test_logs_from_before_init_from_pool_with_todays(tmp_path):
+    today = vars(SCRIPT.Config(max_steps=20, seed=1))
+    assert today["init_from"] == ""
+    older = {name: value for name, value in today.items() if name != "init_from"} | {"seed": 2}
+    tuned = today | {"init_from": "x.pt", "seed": 3}
+    folders = []
+    for name, config in (("today", today), ("older", older), ("tuned", tuned)):
+        folders.append(write_run(tmp_path / name, own=config))
+    pools = compare.pool_runs([reading.read_run(folder) for folder in folders])
+    assert sorted(len(pool.runs) for pool in pools) == [1, 2]
+    assert {pool.name for pool in pools} == {"gpt2, init_from ", "gpt2, init_from x.pt"}
 
 
 def test_groups_do_not_depend_on_the_order_of_the_runs():
@@ -657,7 +941,7 @@ def test_an_older_log_has_its_script_by_the_copy(tmp_path):
     old = write_run(tmp_path / "old", seed=2)
     for name, text in (("train_gpt2.py", "two\n"), ("train_gpt2.2.py", "one\n")):
         (old / name).write_text(text)
-    (pool,) = compare.pool_runs([compare.read_run(tmp_path / name) for name in ("new", "old")])
+    (pool,) = compare.pool_runs([reading.read_run(tmp_path / name) for name in ("new", "old")])
     assert pool.name == "gpt2" and len(pool.runs) == 2
 
 
@@ -665,7 +949,7 @@ def test_a_script_that_was_edited_midway(tmp_path):
     folder = with_script(write_run(tmp_path / "a"), "one\n")
     add(folder, {"config": {}, "script_hash": "another"}, {"event": "train", "step": 20, "ms": 1.0},
         {"event": "val", "step": 20, "loss": 2.0})  # fmt: skip
-    run = compare.read_run(folder)
+    run = reading.read_run(folder)
     assert run.changed == ["the script"] and run.script_hash == "another"
 
 
@@ -777,7 +1061,7 @@ def test_the_demonstrations_table(tmp_path, monkeypatch):
     shutil.rmtree(demo)
     for seed in (1, 2):
         folder = write_run(tmp_path / f"log/rwkv-{seed}", script="train_rwkv", own={**config, "seed": seed})
-        collection.add(demo, [compare.read_run(folder)])
+        collection.add(demo, [reading.read_run(folder)])
     (rwkv,) = [row for row in rows(table.demonstration()).values() if row[0].startswith("rwkv")]
     assert rwkv[0].startswith("rwkv (its paper's ") and "beta2 0.99" in rwkv[0]
     assert rwkv[2:] == ["1,000", "–", "–", "–"]  # no such model

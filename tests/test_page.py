@@ -11,6 +11,7 @@ import pytest
 from test_compare import write_run
 
 from tools import compare, page, pictures
+from tools.runs import read_run
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -31,7 +32,7 @@ def write_runs(folder):
 def made(tmp_path_factory):
     """The folder of a report, and its Markdown."""
     folder = tmp_path_factory.mktemp("page")
-    runs = [compare.read_run(run) for run in write_runs(folder / "log")]
+    runs = [read_run(run) for run in write_runs(folder / "log")]
     markdown = compare.report(folder / "report", runs, [("log/x", "<b>empty</b>")])
     return folder / "report", markdown
 
@@ -209,7 +210,7 @@ def figures(monkeypatch):
 
 
 def read(*folders):
-    return compare.pool_runs([compare.read_run(folder) for folder in folders])
+    return compare.pool_runs([read_run(folder) for folder in folders])
 
 
 def test_curves_begin_where_they_differ_and_have_bands_over_seeds(tmp_path, figures):

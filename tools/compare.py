@@ -43,13 +43,11 @@ from tools.page import Folded, as_html, as_markdown
 from tools.pictures import draw
 from tools.runs import (
     RECIPE_FIELDS,
-    Unreadable,
     find_copy,
     find_script,
     is_edited,
     load_script,
     pool_runs,
-    read_run,
     require,
     without_copies,
     without_repeats,
@@ -556,8 +554,8 @@ HOW_TO_READ = (
     "± is half of a 95% interval's width everywhere, and bands and bars in the pictures reach as far: of "
     "losses over the seeds, by Student's t; of accuracies over the seeds and the items, with one seed over "
     "the items alone. The validation loss is in nats per token; in bits per byte of text it can be compared "
-    "between tokenizers, too. An interval is for its own figure or pair; p-values are corrected for the number of "
-    "pairs (Holm), and the verdicts go by them, at 5%."
+    "between tokenizers, too. An interval is for its own figure or pair; p-values are corrected for the "
+    "number of pairs (Holm), and the verdicts go by them, at 5%."
 )
 SHARED_RECIPE = " A paper's own settings are in its row; `--recipe shared` trains with everyone's instead."
 OF_PARAMETERS = (
@@ -581,13 +579,15 @@ def lost_scripts(pools):
             lost.setdefault(problem, []).append(name)
     lines = []
     for problem, scripts in lost.items():
-        which = verdicts.listed(pool.name for pool in pools if pool.first.facts["script"] in scripts)
+        names = [pool.name for pool in pools if pool.first.facts["script"] in scripts]
+        which = verdicts.listed(names) if len(names) <= MOST_TOGETHER else f"{len(names)} of these"
         if len(scripts) == 1:
             line = f"{which}: its script {scripts[0]}.py {problem}. So it is compared by its log alone"
         else:
             problem = problem.replace("is not", "are not")
             line = f"{which}: their scripts {problem}. So they are compared by their logs alone"
-        lines.append(line + ": what its paper prescribes and how many parameters evaluation uses is not known.")
+        line += ": what its paper prescribes and how many parameters evaluation uses is not known."
+        lines.append(line)
     return lines
 
 
@@ -674,17 +674,20 @@ def study_ranking(out, title, pools):
     return Folded(f"{title}: all of it, ranked", [*first, *pairs]), pictures
 
 
-def study_rankings(out, pools):
-    """(parts, pictures) on the runs of studies, a study and size after another."""
+def by_study(runs):
+    """{(study, size): the runs of it}, by name and then by size."""
     together = {}
-    for pool in pools:
-        study = pool.first.study
-        place = study["name"], collection.size_in_numbers(study["size"]), study["size"]
-        together.setdefault(place, []).append(pool)
-    parts = []
-    pictures = []
-    for name, number, size in sorted(together):
-        folded, files = study_ranking(out, f"{name} at {size}", together[name, number, size])
+    for run in runs:
+        place = run.study["name"], collection.size_in_numbers(run.study["size"]), run.study["size"]
+        together.setdefault(place, []).append(run)
+    return {(name, size): together[name, number, size] for name, number, size in sorted(together)}
+
+
+def study_parts(out, runs):
+    """(parts, pictures) on the runs of studies: their effects; folded, each study and size as a whole."""
+    parts, pictures = effects.study_parts(runs, out)
+    for (name, size), of_size in by_study(runs).items():
+        folded, files = study_ranking(out, f"{name} at {size}", pool_runs(of_size))
         parts.append(folded)
         pictures += files
     return parts, pictures
@@ -698,23 +701,17 @@ def report(out, runs, left_out, copies=()):
     fineweb.make_folder(out)
     parts = ["# Which is better, and is it real?"]
     pictures = []
-    kept, repeats = without_repeats(runs)
-    pools = pool_runs(kept)
-    of_study = [pool for pool in pools if pool.first.study]
-    others = [pool for pool in pools if not pool.first.study]
+    runs, repeats = without_repeats(runs)
+    of_study = [run for run in runs if run.study]
+    others = [run for run in runs if not run.study]
     if of_study:
-        said, files = effects.study_parts([run for run in runs if run.study], out)
+        said, files = study_parts(out, of_study)
         parts += said
         pictures += files
     if others:
         if of_study:
             parts.append("## Runs of no study")
-        said, files = rankings(out, others)
-        parts += said
-        pictures += files
-    if of_study:
-        parts.append("## The runs of the study, ranked")
-        said, files = study_rankings(out, of_study)
+        said, files = rankings(out, pool_runs(others))
         parts += said
         pictures += files
     lines = [*copies, *repeats]
@@ -759,11 +756,10 @@ def main():
 
 
 def names_of(run):
-    """The names by which --only finds a run."""
-    names = {run.architecture, run.architecture.replace("_", "-")}  # a variant's script is train_gpt2_rope
+    """The names by which --only finds a run: its entry in its study, or its architecture."""
     if run.study:
-        names.add(run.study["entry"])
-    return names
+        return {run.study["entry"]}
+    return {run.architecture, run.architecture.replace("_", "-")}  # a variant's script is train_gpt2_rope
 
 
 def only(runs, names):

@@ -436,8 +436,9 @@ def without_repeats(runs):
 
 
 def pool_key(run):
-    """Equal for runs that differ in the seed only."""
+    """Equal for runs that differ in the seed only, and have the same place in a study if they have one."""
     key = [run.facts["script"], run.script_hash, run.fixed_config(), run.facts["data"], run.changed]
+    key.append(run.study)
     return json.dumps(key, sort_keys=True)
 
 
@@ -452,7 +453,7 @@ def pool_runs(runs):
     plain = [pool for pool in pools if pool.first.study is None]
     for architecture in sorted({pool.name for pool in plain}):
         name_apart([pool for pool in plain if pool.name == architecture])
-    for field in ("size", "name"):
+    for field in ("size", "name"):  # of several studies, or sizes, at once
         for pool in repeated_names(pools):
             if pool.first.study:
                 pool.name += f", {pool.first.study[field]}"

@@ -23,6 +23,7 @@ import sys
 import fineweb
 from tools import bench, collection, compare, sync
 from tools.models import all_parameters, make_model
+from tools.runs import Unreadable
 from tools.sync import ORIGINAL, ROOT, siblings
 
 DIFFERENCE = {  # what a reader of the diff to train_gpt2.py will see, in a sentence
@@ -147,7 +148,7 @@ def demonstration():
     """The runs in results/demo in order of loss, as tools.compare ranks them."""
     try:
         runs = collection.read(ROOT / "results/demo")
-    except compare.Unreadable as reason:
+    except Unreadable as reason:
         fineweb.fail(str(reason))
     (pools, _), *others = compare.fair_groups(compare.pool_runs(runs))
     if others:
