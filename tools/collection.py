@@ -338,17 +338,26 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, as log/*, and collections")
     args = fineweb.parse_strictly(parser)
     runs, left_out = read_all(args.runs)
-    finished = [run for run in runs if run.finished]
-    for run in runs:
+    finished = {}
+    for run in reading.without_copies(runs)[0]:
         if not run.finished:
             left_out.append((run.folder, f"is at step {run.steps} of {run.config['max_steps']}"))
+            continue
+        other = finished.setdefault(run.folder.name, run)
+        if other is not run:
+            fineweb.fail(f"{other.folder} and {run.folder} have one name, by which a collection knows its "
+                         "runs: rename one of the folders")  # fmt: skip
     for where, why in left_out:
         print(f"left out: {where}: {why}")
     try:
+        before = set()
+        if is_collection(args.collection):
+            before = {run.folder.name for run in read(args.collection)}
         if finished:
-            add(args.collection, finished)
-            n_runs = len(read(args.collection))
-            print(f"{file_of(args.collection)}: {n_runs} runs, {len(finished)} of them added now")
+            add(args.collection, finished.values())
+            replaced = len(before & finished.keys())
+            print(f"{file_of(args.collection)}: {len(before | finished.keys())} runs, "
+                  f"{len(finished) - replaced} of them new, {replaced} replaced")  # fmt: skip
     except Unreadable as reason:
         fineweb.fail(f"{reason}: nothing was added")
     if left_out:
