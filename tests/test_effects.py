@@ -66,12 +66,18 @@ def rows(said):
     return found
 
 
-def is_drawn(path):
-    """Whether a file is a picture with more than a few colours, none of which covers nearly all of it."""
+def is_drawn(path, *colours):
+    """Whether a file is a picture with each of these colours in its middle, where no words are."""
     from PIL import Image
 
-    pixels = np.asarray(Image.open(path).convert("L"))
-    return pixels.shape[1] > 400 and len(np.unique(pixels)) > 20 and np.mean(pixels < 200) > 0.004
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    height, width, _ = pixels.shape
+    middle = pixels[: height * 3 // 4, width * 16 // 100 : width * 79 // 100]
+    for colour in colours:
+        rgb = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+        if np.all(middle == rgb, axis=2).sum() < 40:
+            return False
+    return width > 400
 
 
 BASE = (3.0, 3.1, 2.9)
@@ -101,7 +107,9 @@ def test_verdicts_of_known_differences(tmp_path):
     assert "corrected for 3 comparisons (Holm)" in said
     raw = verdicts.compare_losses({1: 2.799, 2: 2.9, 3: 2.701}, dict(enumerate(BASE, 1))).p
     assert float(p) == pytest.approx(3 * raw, rel=0.1)
-    assert files == ["effects_ablations_0.8M.png"] and is_drawn(tmp_path / files[0])
+    assert files == ["effects_ablations_0.8M.png"]
+    assert is_drawn(tmp_path / files[0], "#0072B2", "#D55E00", "#555555")
+    assert not is_drawn(tmp_path / files[0], "#009E73")  # the check itself can fail
     page = as_html(parts, tmp_path, files)
     assert "data:image/png;base64," in page and f'src="{files[0]}"' not in page
 
@@ -125,7 +133,7 @@ def test_two_bases_and_a_missing_one(tmp_path):
     assert "Against llama, whose loss is 2.5000: **worse:** rwkv-attention (+0.2000)." in said
     assert "Against rwkv, whose loss is 3.0000: **better:** rwkv-attention (-0.3000)." in said
     assert "orphan can't be compared with gone" in said
-    assert is_drawn(tmp_path / files[0])
+    assert is_drawn(tmp_path / files[0], "#0072B2", "#D55E00")
 
 
 UNEQUAL = [
@@ -319,6 +327,7 @@ def test_rates(tmp_path):
     runs = sweep("gpt2", {0.5: [3.2], 1.0: [3.0, 3.1, 2.9], 2.0: [2.8, 2.9, 2.7001], 4.0: [2.95]})
     runs += sweep("llama", {0.5: [2.7, 2.8, 2.6], 1.0: [2.72, 2.79, 2.61], 2.0: [2.5]}, base="gpt2")
     runs += sweep("mta", {1.0: [2.9], 2.0: [3.0], 4.0: [3.1]}, base="gpt2")
+    runs += sweep("rwkv", {1.0: [2.9], 2.0: [2.8], 4.0: [2.7]})
     parts, files = effects.study_parts(runs, tmp_path)
     said = plain(parts)
     sections = re.split(r"^### ", said, flags=re.M)
@@ -331,16 +340,17 @@ def test_rates(tmp_path):
     assert "corrected for all 2 rates" in said
     assert "llama: the best rate, x0.5, is at the edge of the sweep, the lowest that was tried" in said
     assert "mta: the best rate, x1, is at the edge of the sweep" in said
+    assert "rwkv: the best rate, x4, is at the edge of the sweep, the highest" in said
     assert "gpt2: the best rate" not in said
     assert "llama: rate x2 has a lower loss than x0.5 on the seed that it was run with (1)" in said
     toml = re.search(r"```toml\n(.*?)```", said, re.S).group(1)
-    assert tomllib.loads(toml) == {"own_rate": {"gpt2": 2.0, "llama": 0.5, "mta": 1.0}}
+    assert tomllib.loads(toml) == {"own_rate": {"gpt2": 2.0, "llama": 0.5, "mta": 1.0, "rwkv": 4.0}}
     same = rows(next(section for section in sections if section.startswith("At the same rate")))
     own = rows(next(section for section in sections if section.startswith("Each at its own best")))
     assert same["llama"][0].startswith("-0.2933 ± ")
     assert own["llama, rate x0.5"][0].startswith("-0.1000 ± ")
     assert "chosen on the seeds that it is judged by" in said
-    assert len(files) == 2 and all(is_drawn(tmp_path / file) for file in files)
+    assert len(files) == 2 and all(is_drawn(tmp_path / file, "#555555") for file in files)
 
 
 def test_two_rates_are_no_sweep_and_one_is_no_section(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from test_effects import is_drawn, make_run, plain, rows
 
 from tools import effects, scaling, verdicts
+from tools.pictures import style
 
 SIZES = {"0.25M": 250_000, "0.8M": 800_000, "2.7M": 2_700_000}
 SHIFTS = {1: 0.004, 2: -0.005, 3: 0.001}
@@ -44,7 +45,10 @@ def test_a_planted_power_law_is_recovered(tmp_path):
     assert "Without embedding: not known of gpt2, llama, mta" in said
     assert "Every size trained on 409,600 tokens" in said
     assert "without one the extrapolation to larger sizes errs towards a loss that is too low" in said
-    assert len(files) == 2 and all(is_drawn(tmp_path / file) for file in files)
+    assert len(files) == 2
+    for file in files:
+        assert is_drawn(tmp_path / file, *[style(number)[0] for number in range(3)])
+        assert not is_drawn(tmp_path / file, style(3)[0])
 
 
 def test_the_study_shows_the_sizes_first(tmp_path):
