@@ -28,6 +28,7 @@ def make_run(entry="gpt2-rope", loss=3.0, seed=1, base="gpt2", rate=1.0, study="
     data = {"dataset": "d", "tokenizer": "bytes", "vocab_size": 257, "fingerprint": "f"}
     given = {
         "script": "train_made_up", "parameters": 800_000, "flops_per_token": 1.6e6, "processes": 1,
+        "active_parameters": (facts or {}).get("parameters", 800_000),
         "device": "cpu", "torch": "2.13.0", "dtype": "torch.float32 (the safe choice on cpu)",
         "data": data, "config": config,
     } | (facts or {})  # fmt: skip
@@ -86,7 +87,7 @@ BASE = (3.0, 3.1, 2.9)
 def test_verdicts_of_known_differences(tmp_path):
     runs = make_entry("gpt2", BASE, base=None)
     runs += make_entry("gpt2-rope", [2.799, 2.9, 2.701], ms=125.0, facts={"flops_per_token": 1.76e6})
-    runs += make_entry("gpt2-nobias", [3.05, 3.08, 2.88])
+    runs += make_entry("gpt2-nobias", [3.05, 3.08, 2.88], facts={"active_parameters": 400_000})
     runs += make_entry("gpt2-relu2", [3.2, 3.301, 3.099], facts={"parameters": 860_000})
     runs += make_entry("gpt2-alone", [3.3])
     runs[5].train[0]["ms"] = 1.0  # one step says little, the median is unmoved
@@ -102,6 +103,7 @@ def test_verdicts_of_known_differences(tmp_path):
     assert speed == "0.80 (0.80 to 0.80)"
     assert made["gpt2-nobias"][2] == "not distinguishable"
     assert made["gpt2-relu2"][2] == "worse" and made["gpt2-relu2"][5] == "1.075, unequal"
+    assert made["gpt2-nobias"][5] == "1.000, active 0.500"
     assert made["gpt2-alone"][2:5] == ["one seed: no verdict", "–", "1"]
     assert "**better:** gpt2-rope (-0.2000); **worse:** gpt2-relu2 (+0.2000); " in said
     assert "corrected for 3 comparisons (Holm)" in said

@@ -154,6 +154,17 @@ def test_other_data_is_another_scale_and_too_few_sizes_are_said(tmp_path):
     assert scaling.scaling_parts([run for run in runs if run.study["entry"] == "mta"], tmp_path) == ([], [])
 
 
+def test_unequal_conditions_are_told(tmp_path):
+    runs = make_sizes("gpt2", base=None) + make_sizes("llama", 6.0, 0.08) + make_sizes("mta", 6.0, 0.07)
+    assert "other conditions" not in plain(scaling.scaling_parts(runs, tmp_path)[0])
+    for run in runs:
+        if run.study["entry"] == "mta" and run.study["size"] == "0.8M":
+            run.config["batch_tokens"] = 4096
+    said = plain(scaling.scaling_parts(runs, tmp_path)[0])
+    line = "mta had other conditions than gpt2 at 0.8M (batch_tokens 4096, not 2048), so their lines"
+    assert said.count("other conditions") == 1 and line in said
+
+
 def test_a_size_as_large_as_the_target_is_no_extrapolation(tmp_path):
     sizes = {**SIZES, "124M": scaling.TARGET}
     parts, _ = scaling.scaling_parts(make_sizes("gpt2", base=None, sizes=sizes), tmp_path)

@@ -8,7 +8,7 @@ conditions were equal is checked for each pair of runs; where they weren't, ther
 
 Between equal entries this gives a verdict in at most 5% of studies. It finds only large effects with three
 seeds, so a second, folded table has what would be found if all entries varied alike between seeds: false in
-4% of simulated studies if they do, in 5% to 11% if one of 3 to 11 entries varies three times as much, but in
+4% of simulated studies if they do, in 7% to 11% if one of 3 to 11 entries varies three times as much, but in
 10% to 23% if the base does (tests/test_effects.py simulates six entries).
 """
 import dataclasses
@@ -307,10 +307,17 @@ def ratio(ours, theirs):
 
 
 def parameters_cell(effect):
-    ours = effect.group.first.facts["parameters"]
-    theirs = effect.base.first.facts["parameters"]
-    unequal = abs(ours / theirs - 1) > UNEQUAL_PARAMETERS
-    return ratio(ours, theirs) + (", unequal" if unequal else "")
+    """The ratio of the trained parameters, and where it isn't the same that of the active ones."""
+    ours = effect.group.first.facts
+    theirs = effect.base.first.facts
+    text = ratio(ours["parameters"], theirs["parameters"])
+    if "active_parameters" in ours and "active_parameters" in theirs:
+        active = ratio(ours["active_parameters"], theirs["active_parameters"])
+        if active != text:
+            text += f", active {active}"
+    if abs(ours["parameters"] / theirs["parameters"] - 1) > UNEQUAL_PARAMETERS:
+        text += ", unequal"
+    return text
 
 
 def speed_cell(effect):
@@ -430,9 +437,9 @@ HOW_TO_READ = (
     "over the seeds that both have; in nats per token, and in percent of the base's loss. ± is half of the "
     "95% interval of that row alone (paired t), while the verdict is by the corrected p-value, at 5%: so an "
     "interval may exclude zero where the verdict is “not distinguishable”, which doesn't mean “equal”. "
-    "With three seeds an interval's width is itself a matter of chance: it may be several times another's for "
-    "no other reason. "
-    "Ratios are the entry's over its base's. That of tokens/s is a hint only, since runs share a machine: "
+    "With three seeds an interval's width is itself a matter of chance, and may be several times another's "
+    "for no other reason. Ratios are the entry's over its base's; parameters are the trained ones, and "
+    "“unequal” if they differ by more than 2%. The ratio of tokens/s is a hint only, since runs share a machine: "
     "the median over the seeds, with the lowest and the highest. At equal tokens an entry that costs more "
     "FLOPs per token has an advantage that its row's ratio shows. No curve was cut short to compare at equal "
     "FLOPs: a run that is stopped early hasn't lowered its learning rate, and looks worse than it is."
@@ -513,9 +520,7 @@ def rate_verdict(best, found):
         return f"{text}, {verdicts.NO_COMMON_SEED}"
     if p is None:
         return f"{text}, {verdicts.ONE_SEED}"
-    if p >= verdicts.LEVEL:
-        return f"{text}, {verdicts.UNTOLD}"
-    return f"{text}, {verdicts.BETTER if loss.difference < 0 else verdicts.WORSE}"
+    return f"{text}, {told(loss, p)}"
 
 
 def rate_warnings(of_entry, best):

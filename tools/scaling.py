@@ -18,7 +18,16 @@ import math
 import statistics
 
 from tools import verdicts
-from tools.effects import best_group, by_size, file_name, group_runs, rates_of, scale_of_loss
+from tools.effects import (
+    bases_of,
+    best_group,
+    by_size,
+    differing,
+    file_name,
+    group_runs,
+    rates_of,
+    scale_of_loss,
+)
 from tools.page import Folded
 from tools.pictures import draw_into_files, draw_scaling
 
@@ -168,6 +177,23 @@ def curves_of(sizes):
             lines.append(f"{entry} has too few sizes for a fit, {of}: left out here.")
             del curves[entry]
     return curves, lines
+
+
+def unequal_lines(sizes):
+    """A line on each entry that was trained under other conditions than its base at a size."""
+    lines = []
+    for size, selected in sizes.items():
+        for entry, group in selected.items():
+            for base in bases_of(group.first):
+                common = group.seeds & selected[base].seeds if base in selected else set()
+                texts = []
+                if common:
+                    seed = min(common)
+                    texts = differing(group.runs[seed], selected[base].runs[seed])
+                if texts:
+                    lines.append(f"{entry} had other conditions than {base} at {size} ({'; '.join(texts)}), so "
+                                 "their lines can't be compared.")  # fmt: skip
+    return lines
 
 
 def law_of(curve, x_of):
@@ -363,6 +389,7 @@ def selection_parts(study, sizes, folder, own):
     sizes, lines = comparable_sizes(sizes)
     curves, few = curves_of(sizes)
     lines += few
+    lines += unequal_lines(sizes)
     if not curves:
         return lines, []
     how = ", each at its own best rate" if own else ""
