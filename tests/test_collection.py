@@ -228,7 +228,7 @@ def test_the_program_adds_runs_and_says_what_it_leaves_out(tmp_path, run_tool):
     assert status == 1 and said.startswith(f"{tmp_path}/log/b and {tmp_path}/other/b have one name, ")
     (tmp_path / "kept/runs.jsonl").write_text("{}\n")
     status, said = run_tool(tmp_path / "kept", tmp_path / "log/a")
-    assert status == 1 and said.startswith(f"{tmp_path}/kept/runs.jsonl, line 1 is not a run of a collection: ")
+    assert status == 1 and "kept/runs.jsonl, line 1 is not a run of a collection: " in said
     assert said.endswith(": nothing was added\n") and (tmp_path / "kept/runs.jsonl").read_text() == "{}\n"
 
 

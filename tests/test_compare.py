@@ -372,6 +372,16 @@ def test_a_run_event_without_what_is_compared_is_named(tmp_path):
         reading.read_run(folder)
 
 
+def test_several_scripts_that_are_not_here_are_named_in_a_line(tmp_path, run_tool):
+    for number in range(11):
+        write_run(tmp_path / "log" / str(number), script=f"train_mine{number}", losses=(5.0, 3.0 + number))
+    for count, which in ((2, "mine0, mine1"), (11, "11 of these")):
+        folders = [tmp_path / "log" / str(number) for number in range(count)]
+        status, said = run_tool(*folders, "--out", tmp_path / "report")
+        line = f"{which}: their scripts are not here. So they are compared by their logs alone: what their "
+        assert status == 0 and said.count(line) == 1, said
+
+
 def test_a_script_that_is_not_here_is_compared_by_its_log(tmp_path, run_tool):
     write_run(tmp_path / "mine", script="train_mine")
     write_run(tmp_path / "ours", losses=(5.0, 4.0, 2.5), facts={"parameters": 900, "active_parameters": 800})
@@ -507,6 +517,7 @@ def test_only_some_architectures_are_compared(tmp_path, run_tool):
     folders = write_pairs(tmp_path / "log") + [write_run(tmp_path / "x", script="train_gpt2_rope")]
     status, said = run_tool(*folders, "--only", "llama", "gpt2-rope", "--out", tmp_path / "report")
     assert status == 0 and "| gpt2 |" not in said and "| llama |" in said and "| gpt2_rope |" in said
+    assert "Only llama, gpt2-rope: p-values are corrected for the pairs of these alone. If they were" in said
     status, said = run_tool(*folders, "--only", "lama", "--out", tmp_path / "none")
     assert status == 1 and not (tmp_path / "none").exists()
     assert said == "--only lama: no run here has this name; there are gpt2, gpt2-rope, gpt2_rope, llama\n"

@@ -12,14 +12,36 @@ import fineweb
 from tools import table
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-LINES = "".join(BLOCKS).replace("\\\n", "").splitlines()
-COMMANDS = [line.split("#")[0].strip() for line in LINES if line.strip()]
-CLONE = COMMANDS.pop(0)
-# a shell's loop around commands, and a copy of a script
-COMMANDS = [command for command in COMMANDS if command.split()[0] not in ("for", "done", "cp")]
-COMMANDS = [command.replace("$seed", "1").replace("train_mine.py", "train_gpt2.py") for command in COMMANDS]
-COMMANDS += [command for command in re.findall(r"`((?:python|torchrun) [^`]*)`", README)]
+EVIDENCE = (ROOT / "results/README.md").read_text()
+
+
+def commands_in(text):
+    """The commands in a Markdown file: of its blocks of shell, then those within sentences."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    commands = [line.split("#")[0].strip() for line in lines if line.strip()]
+    return commands + re.findall(r"`((?:python|torchrun) [^`]*)`", text)
+
+
+CLONE, *COMMANDS = commands_in(README)
+
+
+def to_parse():
+    """The commands of both files whose options can be checked, each once."""
+    found = set()
+    for command in [*COMMANDS, *commands_in(EVIDENCE)]:
+        command = command.split("&&")[-1].strip()
+        words = command.split()
+        # a shell's loop around commands, a copy of a script, an install, and what ends at once
+        if not words or words[0] in ("for", "do", "done", "cp", "pip") or "--help" in words:
+            continue
+        if words == ["python", "-m", "tools.torture"]:  # its file in results/ has the commands
+            continue
+        command = re.sub(r"^OMP_NUM_THREADS=1 ", "", command)
+        command = command.replace("train_$name", "train_gpt2").replace("$seed", "1")
+        command = command.replace("train_mine.py", "train_gpt2.py")
+        found.add(command.replace("tools.bench NAME", "tools.bench gpt2"))  # one of those it knows
+    return sorted(found)
 
 
 def test_the_first_two_commands():
@@ -34,9 +56,9 @@ class Reached(Exception):
     """The command line was understood."""
 
 
-@pytest.mark.parametrize("command", sorted({c.split("&&")[-1].strip() for c in COMMANDS if not {"pip", "--help"} & set(c.split("&&")[-1].split())}))
+@pytest.mark.parametrize("command", to_parse())
 def test_commands_parse(command, monkeypatch, tmp_path):
-    """Each command names a file that is here and options that it has: run up to where the work would begin."""
+    """Each names a file that is here and options that it has: run up to where the work would begin."""
     words = shlex.split(command)
     script = next(word for word in words if word.endswith(".py") or word.startswith(("tools.", "pytest")))
     monkeypatch.chdir(tmp_path)
@@ -60,6 +82,18 @@ def test_commands_parse(command, monkeypatch, tmp_path):
         module.main()
 
 
+def test_there_are_commands_of_both_files():
+    commands = to_parse()
+    for command in (
+        "python train_gpt2.py --resume",
+        "python -m tools.compare results/demo --out results/demo/report",
+        "python -m tools.collection results/demo log/*-[123]",
+        "python train_rwkv.py --tiny --recipe shared --seed 1 --run_name rwkv-shared-1",
+    ):
+        assert command in commands
+    assert len(commands) > 40
+
+
 def test_no_placeholder_is_left():
     assert not re.search(r"\b(TODO|FIXME|XXX|[A-Z]+_(OUTPUT|LOSS|CLOZE|FIGURES|VERSIONS))\b", README)
 
@@ -80,7 +114,8 @@ def relative_links(path):
 def test_links_and_pictures_are_there(name):
     links = relative_links(ROOT / name)
     assert links or name == "results/README.md"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    tracked = listed.stdout.splitlines()
     for link in links:
         assert link.exists(), link
         inside = link.resolve().relative_to(ROOT.resolve()).as_posix()

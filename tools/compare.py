@@ -582,12 +582,13 @@ def lost_scripts(pools):
         names = [pool.name for pool in pools if pool.first.facts["script"] in scripts]
         which = verdicts.listed(names) if len(names) <= MOST_TOGETHER else f"{len(names)} of these"
         if len(scripts) == 1:
-            line = f"{which}: its script {scripts[0]}.py {problem}. So it is compared by its log alone"
-        else:
-            problem = problem.replace("is not", "are not")
-            line = f"{which}: their scripts {problem}. So they are compared by their logs alone"
-        line += ": what its paper prescribes and how many parameters evaluation uses is not known."
-        lines.append(line)
+            lines.append(f"{which}: its script {scripts[0]}.py {problem}. So it is compared by its log alone: "
+                         "what its paper prescribes and how many parameters evaluation uses is not "
+                         "known.")  # fmt: skip
+            continue
+        problem = problem.replace("is not", "are not")
+        lines.append(f"{which}: their scripts {problem}. So they are compared by their logs alone: what their "
+                     "papers prescribe and how many parameters evaluation uses is not known.")  # fmt: skip
     return lines
 
 
@@ -693,13 +694,18 @@ def study_parts(out, runs):
     return parts, pictures
 
 
-def report(out, runs, left_out, copies=()):
+def report(out, runs, left_out, copies=(), chosen=()):
     """Writes the tables, pictures and page on runs.Run into a folder; returns the Markdown.
 
-    left_out: [(where, why)] on what could not be read; copies: lines on runs that were given twice.
+    left_out: [(where, why)] on what could not be read; copies: lines on runs that were given twice; chosen:
+    the names that --only gave.
     """
     fineweb.make_folder(out)
     parts = ["# Which is better, and is it real?"]
+    if chosen:
+        parts.append(f"Only {verdicts.listed(chosen)}: p-values are corrected for the pairs of these alone. "
+                     "If they were chosen after a look at the others, the verdicts are too sure; those of "
+                     "the whole report count.")  # fmt: skip
     pictures = []
     runs, repeats = without_repeats(runs)
     of_study = [run for run in runs if run.study]
@@ -788,7 +794,7 @@ def run_command(args):
     if args.save_reference:
         save_reference(args.save_reference, pool_runs(runs))
     else:
-        markdown = report(args.out, runs, left_out, copies)
+        markdown = report(args.out, runs, left_out, copies, args.only or ())
         show(markdown, folded=not any(run.study for run in runs))
         print(f"the page: {args.out}/index.html")
     if left_out:

@@ -107,10 +107,12 @@ class Run:
 
     def bytes_per_token(self):
         """(bytes of text to a validation token, "") or (None, why that isn't known)."""
-        data = self.facts["data"]
         config = self.config
-        return count_bytes(config.get("data_dir", ""), data["fingerprint"], data["tokenizer"], config["train_shards"],
-                           config["block_size"], config["val_tokens"])  # fmt: skip
+        data = self.facts["data"]
+        return count_bytes(
+            config.get("data_dir", ""), data["fingerprint"], data["tokenizer"], config["train_shards"],
+            config["block_size"], config["val_tokens"],
+        )  # fmt: skip
 
     def renamed_config(self):
         """Its config under today's names."""
