@@ -439,10 +439,11 @@ HOW_TO_READ = (
     "interval may exclude zero where the verdict is “not distinguishable”, which doesn't mean “equal”. "
     "With three seeds an interval's width is itself a matter of chance, and may be several times another's "
     "for no other reason. Ratios are the entry's over its base's; parameters are the trained ones, and "
-    "“unequal” if they differ by more than 2%. The ratio of tokens/s is a hint only, since runs share a machine: "
-    "the median over the seeds, with the lowest and the highest. At equal tokens an entry that costs more "
-    "FLOPs per token has an advantage that its row's ratio shows. No curve was cut short to compare at equal "
-    "FLOPs: a run that is stopped early hasn't lowered its learning rate, and looks worse than it is."
+    "“unequal” if they differ by more than 2%. The ratio of tokens/s is a hint only, since runs share a "
+    "machine: the median over the seeds, with the lowest and the highest. At equal tokens an entry that "
+    "costs more FLOPs per token has an advantage, which its row's ratio shows. No curve was cut short to "
+    "compare at equal FLOPs: a run that is stopped early hasn't lowered its learning rate, and looks worse "
+    "than it is."
 )  # fmt: skip
 SHARED_SPREAD = (
     "A second look, with more power and one more assumption: that all entries, the base too, vary alike "

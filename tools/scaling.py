@@ -191,8 +191,9 @@ def unequal_lines(sizes):
                     seed = min(common)
                     texts = differing(group.runs[seed], selected[base].runs[seed])
                 if texts:
-                    lines.append(f"{entry} had other conditions than {base} at {size} ({'; '.join(texts)}), so "
-                                 "their lines can't be compared.")  # fmt: skip
+                    what = "; ".join(texts)
+                    lines.append(f"{entry} had other conditions than {base} at {size} ({what}), so their "
+                                 "lines can't be compared.")  # fmt: skip
     return lines
 
 
@@ -296,7 +297,10 @@ HOW_TO_READ = (
 
 
 def ranged(pair):
-    return "–" if pair is None else f"{pair[0]:.3g} to {pair[1]:.3g}"
+    if pair is None:
+        return "–"
+    low, high = (f"{loss:.3f}" if loss < 100 else f"{loss:.0e}" for loss in pair)
+    return f"{low} to {high}"
 
 
 def exponent_cell(law):
