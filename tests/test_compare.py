@@ -228,7 +228,7 @@ def test_power(architectures, seeds, shift, least, most):
 
 
 def test_one_seed_says_something_of_models_only(tmp_path, run_tool):
-    write_run(tmp_path / "a", right=200, n_layer=1)
+    write_run(tmp_path / "a", right=200, n_layer=1, load=1.5)
     write_run(tmp_path / "b", right=260, n_layer=2, losses=(5.0, 4.0, 2.5))
     write_run(tmp_path / "c", right=264, n_layer=3, losses=(5.0, 4.0, 2.4))
     folders = [tmp_path / name for name in "abc"]
@@ -248,10 +248,13 @@ def test_one_seed_says_something_of_models_only(tmp_path, run_tool):
     assert expected + "; of the architectures one seed says nothing." in said
     assert [pairs[rank][0] for rank in "123"] == [f"gpt2, n_layer {n}" for n in (3, 2, 1)]
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    pictures = {"loss_tokens", "loss_flops", "loss_time", "cloze_nanogpt", "cloze_nanogpt_bars"}
+    pictures = {"loss_tokens", "loss_flops", "loss_time", "expert_load"}
+    pictures |= {"cloze_nanogpt", "cloze_nanogpt_bars"}
     assert names == {"leaderboard.md", "index.html"} | {f"{picture}.png" for picture in pictures}
+    for picture in pictures:
+        assert (tmp_path / f"report/{picture}.png").stat().st_size > 5000
     page = (tmp_path / "report/index.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "http" not in page
+    assert page.count("data:image/png;base64,") == 6 and "http" not in page
     assert page.count("<table>") == 4 and "<strong>gpt2, n_layer 1</strong>" in page
     assert "not distinguishable" in page
 
@@ -328,14 +331,6 @@ def test_pooled_seeds_of_which_one_was_not_scored(tmp_path, run_tool):
     write_run(tmp_path / "other", n_layer=3, seed=1)
     status, said = run_tool(*sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
     assert status == 0 and "not tested" in said
-
-
-def test_expert_load_has_a_picture(tmp_path, run_tool):
-    write_run(tmp_path / "moe", load=1.5)
-    write_run(tmp_path / "dense", n_layer=3)
-    report = tmp_path / "report"
-    assert run_tool(tmp_path / "moe", tmp_path / "dense", "--out", report, pictures=True)[0] == 0
-    assert (report / "expert_load.png").stat().st_size > 5000
 
 
 # ---- reading runs
@@ -635,7 +630,15 @@ def test_the_pools_of_a_study_have_the_names_of_its_entries():
     assert sorted(pool.name for pool in compare.pool_runs(same)) == ["a", "b"]
 
 
-def test_a_study_comes_first_and_has_one_leaderboard_for_each_size(tmp_path):
+def test_a_study_comes_first_and_has_one_leaderboard_for_each_size(tmp_path, monkeypatch):
+    drawn = {}
+
+    def draw(folder, pools, keys, prefix):
+        drawn[prefix] = sorted(pool.name for pool in pools)
+        (folder / f"{prefix}loss.png").write_bytes(b"a picture")
+        return [(f"{prefix}loss.png", "the losses")]
+
+    monkeypatch.setattr(compare, "draw", draw)
     runs = make_study(SOME, sizes=("2.7M", "0.8M"), rates=(0.5, 1.0))
     runs += [make_run("train_gpt2", f"log/mine-{seed}", seed=seed) for seed in (1, 2)]
     said = compare.report(tmp_path, runs, [])
@@ -651,10 +654,11 @@ def test_a_study_comes_first_and_has_one_leaderboard_for_each_size(tmp_path):
     assert [board[place][0] for place in "123"] == ["gpt2", "wide", "deep"]
     apart = "(gpt2, rate x0.5), (wide, rate x0.5), (deep, rate x0.5)"
     assert f"Not ranked with them: {apart}, because max_lr is 0.001, not 0.002; min_lr is " in ranked
-    for name in ("effects_s_0.8M.png", "s_at_2.7M_loss_tokens.png", "loss_tokens.png", "index.html"):
-        assert (tmp_path / name).stat().st_size > 5000
+    entries = ["deep", "gpt2", "wide"]
+    assert drawn == {"s_at_0.8M_": entries, "s_at_2.7M_": entries, "": ["gpt2"]}
+    assert (tmp_path / "effects_s_0.8M.png").stat().st_size > 5000
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == said.count("![") and 'src="' + "s_at" not in page
+    assert page.count("data:image/png;base64,") == said.count("![") == 5
 
 
 def test_the_pairs_of_many_entries_are_left_out(tmp_path, monkeypatch):
