@@ -1006,6 +1006,13 @@ def test_inside_and_outside_of_a_reference(tmp_path, run_tool):
     assert status == 0 and second == f"{faster}: inside the band at all 2 steps"
     assert first == (f"{faster} had other conditions than the reference, so that the answer means little: "
                      "data g, not f; max_lr 0.001, not 0.0006")  # fmt: skip
+    tuned = write_run(tmp_path / "tuned", losses=(5.01, 3.01), init_from="x.pt")
+    for older in (False, True):  # a reference from before there were other weights to start from
+        if older:
+            reference.write_text(reference.read_text().replace('"weights": "", ', ""))
+        status, said = run_tool(tuned, "--against", reference)
+        assert status == 0 and said.splitlines()[0].endswith("little: it started from the weights in x.pt")
+        assert "other conditions" not in run_tool(mine, "--against", reference)[1]
     bad = write_run(tmp_path / "bad", losses=(5.01, 3.2, 3.1))
     status, said = run_tool(bad, "--against", reference)
     assert status == 1 and f"{bad}: outside at 1 of 2 steps: step 10\n" in said and "OUTSIDE" in said

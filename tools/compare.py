@@ -499,8 +499,10 @@ def other_conditions(run, wanted):
         if name == "size" or value == wanted.get(name, LATER_CONDITIONS.get(name, value)):
             continue
         if name == "weights":
-            texts.append(f"started from the weights in {value or 'no checkpoint'}, "
-                         f"not in {wanted.get(name) or 'none'}")  # fmt: skip
+            if value:
+                texts.append(f"it started from the weights in {value}")
+            if wanted.get(name):
+                texts.append(f"the reference started from those in {wanted[name]}")
             continue
         if name != "recipe":
             texts.append(f"{name} {value}, not {wanted[name]}")

@@ -103,7 +103,7 @@ class Run:
     @property
     def init_from(self):
         """The checkpoint whose weights it started from, "" for a model that was new."""
-        return self.config.get("init_from", "")  # nor this one
+        return self.config.get("init_from", "")  # the first logs had no such field
 
     def bytes_per_token(self):
         """(bytes of text to a validation token, "") or (None, why that isn't known)."""
