@@ -39,6 +39,8 @@ from io import StringIO
 from pathlib import Path
 
 import msgspec
+import torch
+import torch.overrides
 
 import fineweb
 from fineweb import duration, fail, say
@@ -258,10 +260,20 @@ def find_source(name, entry):
     return load_source(entry.script or name, tuple(variants))
 
 
+class NoInitialisation(torch.overrides.TorchFunctionMode):
+    """A context in which models are made without random numbers, which takes long on the meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 @functools.cache
 def load_source(script, variants):
     if variants:
-        file, text, base, _, _ = vary.make(variants)
+        with NoInitialisation():
+            file, text, base, _, _ = vary.make(variants)
         name = file.removesuffix(".py")
         script = vary.short_name(base)
     else:
@@ -323,7 +335,8 @@ class Job:
     tiny: bool
     options: dict  # that its command line has
     config: object  # the script's Config with them
-    flops_per_token: float
+    parameters: int
+    flops_per_token: float  # of a forward pass
     state: str = "to come"  # or in use, running, done, failed
     why: str = ""  # it failed
     step: int = 0
@@ -404,7 +417,7 @@ def plan_entry(study, size_name, name, args):
         options["data_dir"] = args.data_dir
     own = config_of(source, size.tiny, options)
     steps = args.steps or study.max_steps.get(size_name)
-    flops = None
+    shape = None
     jobs = []
     for rate in rates_of(study, size, source, own):
         scheduled = schedule(size, steps, rate, own) | options
@@ -414,11 +427,13 @@ def plan_entry(study, size_name, name, args):
             given = scheduled | {"seed": seed, "run_name": run_name}
             config = config_of(source, size.tiny, given)
             fineweb.run_folder(run_name)
-            if flops is None:
+            if shape is None:
                 fineweb.check_run(config, args.nproc_per_node)
-                flops = models.make_model(source.module, config).flops_per_token()
+                with NoInitialisation():
+                    model = models.make_model(source.module, config)
+                shape = sum(p.numel() for p in model.parameters()), model.flops_per_token()
             place = {"name": study.name, "size": size_name, "entry": name, "base": entry.base, "rate": rate}
-            jobs.append(Job(run_name, place, seed, source, size.tiny, given, config, flops))
+            jobs.append(Job(run_name, place, seed, source, size.tiny, given, config, *shape))
     return jobs
 
 
@@ -804,8 +819,6 @@ def seconds_left(jobs, at_a_time, guess=None):
 
 def guessed_seconds_per_flop(jobs, args):
     """A guess for this machine by a large matrix product, or by the GPU's data sheet."""
-    import torch
-
     script = jobs[0].source.module
     if torch.cuda.is_available():
         peak = script.PEAK_FLOPS.get(torch.cuda.get_device_name(0), 100e12) * args.nproc_per_node
@@ -1039,7 +1052,8 @@ def show_commands(jobs, args):
         seconds = seconds_left(jobs, args.jobs, guess)
         tokens = sum(job.config.max_steps * job.config.batch_tokens for job in left)
         basis = "by the runs that are done" if known else "a guess by the speed of matrix products"
-        print(f"# {len(left)} of {len(jobs)} runs to do, {fineweb.short(tokens)} tokens: "
+        amount = f"{tokens / 1e9:.3g}B" if tokens >= 1e9 else fineweb.short(tokens)
+        print(f"# {len(left)} of {len(jobs)} runs to do, {amount} tokens: "
               f"about {duration(seconds)}, {basis}")  # fmt: skip
 
 
