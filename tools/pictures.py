@@ -309,13 +309,7 @@ def training_flops(pool, step):
 
 def clock(pool):
     """{step: minutes of training before it}, the mean over a pool's runs."""
-    minutes = 0.0
-    at = {0: 0.0}
-    for step in sorted(pool.first.train):
-        times = [run.train[step]["ms"] for run in pool.runs if step in run.train]
-        minutes += statistics.mean(times) / 60_000
-        at[step + 1] = minutes
-    return at
+    return dict(pool.curve(lambda run: run.minutes()))
 
 
 def without_start(curve):
