@@ -2,7 +2,6 @@
 The pictures of tools.compare: curves of loss, accuracy and expert load, and bars of accuracy; and of a
 study its effects with their intervals and its losses against size.
 """
-import statistics
 
 import numpy as np
 
