@@ -129,8 +129,8 @@ def test_dry_run_of_a_variant(run):
     status, said = run(study, "gpt2-rope", "--size", "0.25M", "--seeds", "4", "--jobs", "2", "--dry")
     assert status == 0, said
     lines = said.splitlines()
-    threads = "" if "OMP_NUM_THREADS" in os.environ else "OMP_NUM_THREADS="
-    assert lines[0].startswith(threads + "python train_gpt2.py --tiny " if not threads else threads)
+    begins = "python train_gpt2.py --tiny " if "OMP_NUM_THREADS" in os.environ else "OMP_NUM_THREADS="
+    assert lines[0].startswith(begins)
     assert lines[0].endswith("--n_embd 64 --seed 4 --run_name gpt2-rope-0.25M-gpt2-4")
     if not (ROOT / "train_gpt2_rope.py").exists():
         assert lines.pop(1) == "python -m tools.vary gpt2-rope"
@@ -357,6 +357,28 @@ def test_a_run_that_another_process_has_is_waited_for(fake, run):
     assert events == ["st-0.25M-two-1", "st-0.25M-one-1"]
 
 
+def test_a_run_that_the_other_process_ends_is_not_started(fake, run):
+    run(study, "st.toml", "--seeds", "1", "--only", "one")
+    whole = results()
+    folder = Path("log/st-0.25M-one-1")
+    log = (folder / "log.jsonl").read_text()
+    (folder / "log.jsonl").write_text("".join(log.splitlines(keepends=True)[:9]))  # it is still at step 5
+    Path("report/st/runs.jsonl").unlink()
+    lock = filelock.FileLock(folder.resolve() / ".lock", thread_local=False)
+    lock.acquire()
+
+    def end():
+        (folder / "log.jsonl").write_text(log)
+        lock.release()
+
+    thread = threading.Timer(1, end)
+    thread.start()
+    status, said = run(study, "st.toml", "--seeds", "1", "--only", "one")
+    thread.join()
+    assert status == 0 and "finished  st-0.25M-one-1: loss" in said and ", by an earlier start\n" in said, said
+    assert results() == whole
+
+
 def test_one_start_at_a_time(fake, run):
     folder = Path("report/st/out")
     folder.mkdir(parents=True)
@@ -411,20 +433,6 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < ends, Path("said.txt").read_text()
         time.sleep(0.02)
-
-
-def kill_and_go_on(options, kills, pick):
-    """Kills a study by each of the signals when pick() says so, then lets it end; returns its exit status."""
-    for number in kills:
-        pid = fork(*options)
-        wait_for(pick)
-        os.kill(pid, number)
-        _, status = os.waitpid(pid, 0)
-        if number == signal.SIGTERM:
-            assert os.waitstatus_to_exitcode(status) == 1
-            assert f"stopped; to go on: python -m tools.study {options[0]}" in Path("said.txt").read_text()
-    _, status = os.waitpid(fork(*options), 0)
-    return os.waitstatus_to_exitcode(status)
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -483,9 +491,9 @@ block_size = 32
 batch_tokens = 256
 val_tokens = 256
 sample_tokens = 2
-eval_every = 5
+eval_every = 50
 [max_steps]
-"0.25M" = 30
+"0.25M" = 150
 [runs]
 gpt2 = {}
 llama = { base = "gpt2" }
@@ -515,9 +523,9 @@ def test_real_runs_that_are_killed_end_as_those_of_the_commands(run, tmp_path, s
 
     def pick():  # once the next run has come a good deal further than where it was
         steps = [study.progress(path)[0] for path in Path("log").glob("st-*")]
-        return sum(steps) > done + 5
+        return sum(steps) > done + 3
 
-    for number in (signal.SIGKILL, signal.SIGTERM):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         done = sum(study.progress(path)[0] for path in Path("log").glob("st-*"))
         pid = fork(*options)
         wait_for(pick)

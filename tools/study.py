@@ -766,6 +766,13 @@ def start(job, args, out, running, checked, screen):
             screen.event(f"{job.name} is in use by {user}: it has to wait")
         job.state = "in use"
         return
+    run = finished_run(job)  # by what a killed study had left
+    if run:
+        add_to(args.collect, [run])
+        set_done(job, run)
+        screen.event(f"finished  {job.name}: loss {run.loss:.4f}, by an earlier start")
+        return
+    job.step = last_checkpoint(job.folder) or 0
     try:
         write_variant(job.source)
         running.append(Child(job, args, out))
