@@ -7,7 +7,7 @@ Many runs, one command: trains what is missing of a study.
                                                             # base
     python -m tools.study ablations --size 0.8M --jobs 2    # two at a time
     python -m tools.study architectures --size 124M --nproc_per_node 8
-    python -m tools.study hybrids --dry                     # commands, estimate
+    python -m tools.study hybrids --dry                     # commands alone
 
 Kill it whenever you like, and run it again: finished runs are kept, the others
 resume where they were. A run that fails is named, and the others go on. Each
@@ -102,7 +102,7 @@ class Sizes(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Entry(msgspec.Struct, forbid_unknown_fields=True):
-    """A model of a study: a script, or variants of one, with options. It is trained once per rate and seed."""
+    """A model of a study: a script, or variants of one, with options; trained once per rate and seed."""
 
     base: str | list[str] | None = None  # the entries that it is compared with
     script: str | None = None  # as gpt2; else the entry's name is that of a script or a variant
@@ -164,7 +164,8 @@ def read_study(name):
         patch = vary.read_patch(name)
         base = vary.short_name(patch.base)
         entry = Entry(base=base, unequal=patch.header.get("unequal"))
-        study = Study(patch.header["question"], list(read_sizes().size), [1, 2, 3], {base: Entry(), name: entry})
+        pair = {base: Entry(), name: entry}
+        study = Study(patch.header["question"], list(read_sizes().size), [1, 2, 3], pair)
         study.name = name
     else:
         known = study_names() + vary.variants()
@@ -546,7 +547,8 @@ def set_done(job, run):
 def look_up(jobs, fingerprints, args):
     """Finds out which jobs are done, and which can't be, and adds to the collection what it lacks.
 
-    fingerprints: of the data folders. Returns notes, a line each. Raises SystemExit if the collection can't be read.
+    fingerprints: of the data folders. Returns notes, a line each. Raises SystemExit if the collection
+    can't be read.
     """
     collect = args.collect
     collected = {}
@@ -580,7 +582,8 @@ def look_up(jobs, fingerprints, args):
     notes = []
     for script, names in outdated.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        notes.append(f"note: {script}.py is another text now than when it trained {names[0]}{more}: kept as done")
+        notes.append(f"note: {script}.py is another text now than when it trained {names[0]}{more}: "
+                     "kept as done")  # fmt: skip
     return notes
 
 
@@ -1007,7 +1010,7 @@ def parse_command_line():
     add = parser.add_argument
     add("study", nargs="?", help="a study, its file, or a variant")
     add("--list", action="store_true", help="name the studies and the sizes")
-    add("--size", nargs="+", metavar="SIZE", help="one or more of its sizes [the first]")
+    add("--size", nargs="+", metavar="SIZE", help="one or more of its sizes [the smallest]")
     add("--seeds", nargs="+", type=int, metavar="N", help="instead of the study's")
     add("--only", nargs="+", metavar="RUN", help="some of its runs")
     add("--steps", type=positive, metavar="N", help="another budget, with the same part of warm-up")
