@@ -391,6 +391,14 @@ def schedule(size, steps, rate, own):
     return options
 
 
+def shape_of(size, source):
+    """The options for a source's shape at a size: its own, or the first of its variants', or its base's."""
+    for key in (source.key, *source.variants, source.base):
+        if key in size.model:
+            return size.model[key]
+    return {}
+
+
 def rates_of(study, size, source, config):
     """The multiples of the shared learning rate that a script runs with."""
     rates = []
@@ -412,7 +420,7 @@ def plan_entry(study, size_name, name, args):
     size = read_sizes().size[size_name]
     source = find_source(name, entry)
     options = dict(size.options)
-    options |= size.model.get(source.key, size.model.get(source.base, {}))
+    options |= shape_of(size, source)
     options |= study.options | entry.options | entry.at.get(size_name, {})
     if args.data_dir:
         options["data_dir"] = args.data_dir
