@@ -50,7 +50,8 @@ def test_each_entry_is_as_large_as_its_base(name):
                 if name == "gpt2-rope" and size in ("0.25M", "0.8M"):
                     continue  # its learned positions are a large part there; the report marks it
                 theirs = jobs[base].parameters
-                room = 0.06 if name == "hybrids" and entry in ("rwkv", "gemma-rwkv") else 0.02
+                # two of the seven scripts are not nearer to each other
+                room = 0.02 if job.source.base == jobs[base].source.base else 0.06
                 assert abs(own / theirs - 1) <= room, f"{entry} at {size}: {own:,}, {base}: {theirs:,}"
 
 
