@@ -636,6 +636,7 @@ def test_a_study_that_makes_no_sense_is_one_line(fake, run, change, words):
 
 @pytest.mark.parametrize("options, words", [
     (["ablation"], "there is no study ablation: did you mean ablations?"),
+    (["none.toml"], "there is no file none.toml"),
     (["rates", "--size", "0.8M"], "--size 0.8M: rates has 0.25M"),
     (["rates", "--only", "gpt3"], "--only gpt3: rates has gpt2, llama"),
     (["rates", "--jobs", "2", "--nproc_per_node", "2"], "--jobs and --nproc_per_node don't go together"),
