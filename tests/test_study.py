@@ -26,7 +26,7 @@ from tools import collection, runs, study, vary
 
 def asked(**given):
     """The command line's Namespace."""
-    fields = dict(only=None, seeds=None, steps=None, data_dir=None, jobs=1, nproc_per_node=1, dry=False)
+    fields = dict(only=None, seeds=None, rates=None, steps=None, data_dir=None, jobs=1, nproc_per_node=1, dry=False)
     return argparse.Namespace(**(fields | given))
 
 
@@ -110,6 +110,8 @@ def test_own_rates(monkeypatch):
         "architectures-124M-rwkv-1",  # which has its paper's own rate there
         "architectures-124M-llama-x2-1",
     ]
+    jobs, _ = study.plan(found, ["0.25M"], asked(only=["llama"], seeds=[3], rates=[0.5, 1.0]))
+    assert [job.name for job in jobs] == ["architectures-0.25M-llama-3", "architectures-0.25M-llama-x0.5-3"]
 
 
 def test_bases_come_first():
@@ -637,6 +639,7 @@ def test_a_study_that_makes_no_sense_is_one_line(fake, run, change, words):
 @pytest.mark.parametrize("options, words", [
     (["ablation"], "there is no study ablation: did you mean ablations?"),
     (["none.toml"], "there is no file none.toml"),
+    (["rates", "--rates", "0"], "--rates must be positive numbers"),
     (["rates", "--size", "0.8M"], "--size 0.8M: rates has 0.25M"),
     (["rates", "--only", "gpt3"], "--only gpt3: rates has gpt2, llama"),
     (["rates", "--jobs", "2", "--nproc_per_node", "2"], "--jobs and --nproc_per_node don't go together"),

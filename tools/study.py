@@ -401,10 +401,10 @@ def shape_of(size, source):
     return {}
 
 
-def rates_of(study, size, source, config):
-    """The multiples of the shared learning rate that a script runs with."""
+def rates_of(asked, source, config):
+    """The multiples of the shared learning rate that a script runs with. asked: as in a study's file."""
     rates = []
-    for rate in study.rates:
+    for rate in asked:
         if rate == "shared":
             rate = 1.0
         elif rate == "own":
@@ -430,7 +430,7 @@ def plan_entry(study, size_name, name, args):
     steps = args.steps or study.max_steps.get(size_name)
     shape = None
     jobs = []
-    for rate in rates_of(study, size, source, own):
+    for rate in rates_of(args.rates or study.rates, source, own):
         scheduled = schedule(size, steps, rate, own) | options
         for seed in args.seeds or study.seeds:
             label = "" if rate == 1 else f"-x{rate:g}"
@@ -1023,6 +1023,7 @@ def parse_command_line():
     add("--size", nargs="+", metavar="SIZE", help="one or more of its sizes [the smallest]")
     add("--seeds", nargs="+", type=int, metavar="N", help="instead of the study's")
     add("--only", nargs="+", metavar="RUN", help="some of its runs")
+    add("--rates", nargs="+", type=float, metavar="X", help="multiples of the learning rate, instead of its")
     add("--steps", type=positive, metavar="N", help="another budget, with the same part of warm-up")
     add("--data_dir", metavar="DIR", help="folder of token shards [the size's]")
     add("--collect", type=Path, metavar="DIR", help="the collection of its runs [report/STUDY]")
@@ -1034,6 +1035,8 @@ def parse_command_line():
         fail("which study? --list names them all")
     if args.jobs > 1 and args.nproc_per_node > 1:
         fail("--jobs and --nproc_per_node don't go together: leave one of them out")
+    if args.rates and not all(0 < rate < math.inf for rate in args.rates):
+        fail("--rates must be positive numbers")
     if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
         fail("--seeds must be different numbers of at least 0")
     return args
