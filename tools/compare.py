@@ -27,7 +27,6 @@ With --against, the answer is for the curve as a whole: one more run like those
 of the reference is inside at all steps in at least 95% of cases.
 """
 import argparse
-import dataclasses
 import difflib
 import json
 import math
@@ -38,8 +37,8 @@ from pathlib import Path
 
 import fineweb
 from tools import collection, effects, verdicts
-from tools.models import all_parameters, count_parameters
-from tools.page import Folded, as_html, as_markdown
+from tools.models import parameters_of
+from tools.page import Folded, as_html, as_markdown, table
 from tools.pictures import draw
 from tools.runs import (
     RECIPE_FIELDS,
@@ -231,25 +230,6 @@ def differences_table(pools):
 # Tables
 
 
-def parameters_of(run):
-    """The tools.models.Parameters of today's model of a run's shape; None if there is no such model."""
-    script = find_script(run)
-    if script is None:
-        return None
-    known = {field.name for field in dataclasses.fields(script.Config)}
-    fields = {name: value for name, value in run.renamed_config().items() if name in known}
-    try:
-        config = script.Config(**fields)
-        total, _ = count_parameters(script, config)
-        if total != run.facts["parameters"]:
-            return None  # the script has changed
-        found = all_parameters(script, config)
-    except (TypeError, ValueError, RuntimeError, AttributeError, SystemExit):
-        return None  # a shape that it doesn't take, or a model of one's own with another interface
-    found.active = run.facts.get("active_parameters", found.active)
-    return found
-
-
 def parameter_cells(run):
     """How many parameters of a run are trained, evaluated, active, embedding and not embedding."""
     found = parameters_of(run)
@@ -258,14 +238,6 @@ def parameter_cells(run):
         return [f"{count:,}" for count in counts]
     active = run.facts.get("active_parameters")
     return [f"{run.facts['parameters']:,}", "–", f"{active:,}" if active else "–", "–", "–"]
-
-
-def table(head, rows, align=None):
-    """A Markdown table: its header and rows as lists of str; align: "---" or "--:" for each column."""
-    text = ""
-    for cells in (head, align or ["---"] * len(head), *rows):
-        text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-    return text
 
 
 def score_name(key):

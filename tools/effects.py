@@ -17,7 +17,7 @@ import statistics
 
 from tools import verdicts
 from tools.collection import size_in_numbers
-from tools.page import Folded
+from tools.page import Folded, table
 from tools.pictures import draw_forest, draw_into_files
 from tools.runs import CONDITION_FIELDS, RECIPE_FIELDS, find_script, preference
 
@@ -365,8 +365,6 @@ def name_cell(effect):
 
 def effects_table(effects):
     """One base's Effects as a Markdown table."""
-    from tools.compare import table  # which imports this module
-
     rows = []
     for effect in effects:
         flops = [group.first.facts["flops_per_token"] for group in (effect.group, effect.base)]
@@ -383,8 +381,6 @@ def effects_table(effects):
 
 def shared_table(effects):
     """What one base's Effects are if all vary alike between seeds, as a Markdown table; "" if not known."""
-    from tools.compare import table  # which imports this module
-
     rows = []
     for effect in effects:
         if effect.shared:
@@ -546,8 +542,6 @@ def rate_warnings(of_entry, best):
 
 def rates_parts(entries):
     """Parts on the entries, {entry: Groups}, that have several rates; none if there is no such entry."""
-    from tools.compare import table  # which imports this module
-
     swept = {entry: of_entry for entry, of_entry in entries.items() if len(of_entry) > 1}
     if not swept:
         return []

@@ -3,6 +3,8 @@ import dataclasses
 
 import torch
 
+from tools.runs import find_script
+
 
 def make_model(script, config):
     """A script's Model on the meta device: shapes without memory, at any size."""
@@ -68,3 +70,22 @@ def all_parameters(script, config):
         active=active,
         embedding=embedding,
     )
+
+
+def parameters_of(run):
+    """The Parameters of today's model of a run's shape; None if there is no such model."""
+    script = find_script(run)
+    if script is None:
+        return None
+    known = {field.name for field in dataclasses.fields(script.Config)}
+    fields = {name: value for name, value in run.renamed_config().items() if name in known}
+    try:
+        config = script.Config(**fields)
+        total, _ = count_parameters(script, config)
+        if total != run.facts["parameters"]:
+            return None  # the script has changed
+        found = all_parameters(script, config)
+    except (TypeError, ValueError, RuntimeError, AttributeError, SystemExit):
+        return None  # a shape that it doesn't take, or a model of one's own with another interface
+    found.active = run.facts.get("active_parameters", found.active)
+    return found

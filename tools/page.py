@@ -112,6 +112,14 @@ class Folded:
     parts: list
 
 
+def table(head, rows, align=None):
+    """A Markdown table: its header and rows as lists of str; align: "---" or "--:" for each column."""
+    text = ""
+    for cells in (head, align or ["---"] * len(head), *rows):
+        text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    return text
+
+
 def as_markdown(parts):
     """A report as Markdown; GitHub shows <details> as folded."""
     blocks = []

@@ -28,7 +28,8 @@ from tools.effects import (
     rates_of,
     scale_of_loss,
 )
-from tools.page import Folded
+from tools.models import parameters_of
+from tools.page import Folded, table
 from tools.pictures import draw_into_files, draw_scaling
 
 TARGET = 124_475_904  # parameters of GPT-2 at full size
@@ -139,8 +140,6 @@ def parameters(run):
 
 def non_embedding(run):
     """How many parameters aren't looked up; None where today's scripts can't tell."""
-    from tools.compare import parameters_of  # which imports what imports this module
-
     found = parameters_of(run)
     return found.non_embedding if found else None
 
@@ -263,8 +262,6 @@ def order_row(small, large, sizes):
 
 def order_parts(sizes):
     """Parts on whether the order of the entries holds from one size to another; none if it can't be told."""
-    from tools.compare import table  # which imports what imports this module
-
     names = list(sizes)
     rows = []
     for i, small in enumerate(names):
@@ -312,8 +309,6 @@ def exponent_cell(law):
 
 def laws_table(curves):
     """(the entries' power laws as a Markdown table, lines on what couldn't be told)."""
-    from tools.compare import table  # which imports what imports this module
-
     rows = []
     unknown = []
     single = []

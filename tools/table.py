@@ -21,7 +21,7 @@ import subprocess
 import sys
 
 import fineweb
-from tools import bench, collection, compare, sync
+from tools import bench, collection, compare, page, sync
 from tools.models import all_parameters, make_model
 from tools.runs import Unreadable
 from tools.sync import ORIGINAL, ROOT, siblings
@@ -91,7 +91,7 @@ def architectures():
             str(lines_that_differ(path) or "–"),
             describe(path, script),
         ])  # fmt: skip
-    return compare.table(head, rows, ["---"] + ["--:"] * 6 + ["---"])
+    return page.table(head, rows, ["---"] + ["--:"] * 6 + ["---"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def speed():
         file = ROOT / f"results/bench-cpu/{name}.json"
         if file.exists():
             rows.append(speed_row(name, file))
-    return compare.table(head, rows, ["---"] + ["--:"] * 6)
+    return page.table(head, rows, ["---"] + ["--:"] * 6)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def demonstration():
         counts = compare.parameter_cells(pool.first)[:4]
         rows.append([str(rank), compare.name_cell(pool), compare.loss_cell(pool), *counts])
     head = ["", "architecture", "validation loss", "parameters", "evaluated", "active", "embedding"]
-    return compare.table(head, rows, ["--:", "---"] + ["--:"] * 5)
+    return page.table(head, rows, ["--:", "---"] + ["--:"] * 5)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def data():
             if min(values) == max(values):
                 spread = f"{values[0]:,}"
             rows.append([what, spread, unit])
-    return compare.table(["", "median", "unit"], rows, ["---", "--:", "---"])
+    return page.table(["", "median", "unit"], rows, ["---", "--:", "---"])
 
 
 # ----------------------------------------------------------------------------------------------------------
