@@ -31,7 +31,7 @@ def made(*names):
 
 @functools.cache
 def load(*names):
-    """A variant's script as a module, without a file."""
+    """The script of a variant, or of several, as a module, without a file."""
     file, text, *_ = made(*names)
     module = types.ModuleType(file.removesuffix(".py"))
     module.__file__ = file
@@ -60,10 +60,10 @@ def name(request):
 def test_there_are_those_that_the_studies_ask_for():
     asked = {
         "gpt2": "rope rmsnorm nobias swiglu relu2 qknorm",
-        "llama": "learned nope layernorm gelu relu relu2 geglu qknorm mla moe",
+        "llama": "learned nope layernorm gelu relu relu2 geglu qknorm mla moe shift",
         "deepseek": "dense dense-active",
-        "rwkv": "attention",
-        "gemma": "rwkv",
+        "rwkv": "attention noshift",
+        "gemma": "rwkv shift",
     }
     for base, variants in asked.items():
         assert {f"{base}-{variant}" for variant in variants.split()} <= set(NAMES)
@@ -131,9 +131,9 @@ def test_behaves_like_any_script(name, check):
     check(load(name))
 
 
-def test_editing_a_token_changes_nothing_before_it(name):
+def editing_a_token_changes_nothing_before_it(script):
     """In fp64, since the rounding of RWKV-7's chunks depends on their later tokens."""
-    model = make(load(name), torch.float64).eval()
+    model = make(script, torch.float64).eval()
     idx = tokens(1, 48)
     with torch.no_grad():
         before = model(idx)[0]
@@ -143,6 +143,10 @@ def test_editing_a_token_changes_nothing_before_it(name):
             after = model(edited)[0]
             torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-10)
             assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+def test_editing_a_token_changes_nothing_before_it(name):
+    editing_a_token_changes_nothing_before_it(load(name))
 
 
 def test_decoding_step_by_step_equals_the_whole(name):
@@ -157,8 +161,7 @@ def test_decoding_step_by_step_equals_the_whole(name):
         assert model.decode(tokens(1, 60))[0].shape == (1, 257)  # beyond block_size
 
 
-def test_learns(name):
-    script = load(name)
+def learns(script):
     torch.manual_seed(0)
     model = script.Model(tiny(script)).train()
     optimizer = torch.optim.AdamW(model.optimizer_groups(), lr=3e-3, betas=(0.9, 0.95))
@@ -173,6 +176,10 @@ def test_learns(name):
         model.after_step()
         losses.append(loss.item())
     assert losses[0] > 5 and losses[-1] < 2.5
+
+
+def test_learns(name):
+    learns(load(name))
 
 
 def test_flops_are_those_of_its_matrices(name):
@@ -402,6 +409,58 @@ def test_gemma_rwkv_mixes_time_in_its_local_blocks():
             assert torch.equal(tensor, rwkv[name]), name
             same += 1
     assert same == 5 * 11 + 4 * 2  # of five layers, all but the first of which have v0 and v1
+
+
+@pytest.mark.parametrize("name", ["llama-shift", "gemma-shift"])
+def test_token_shift_is_that_of_its_equation_and_none_with_a_share_of_0(name):
+    script = load(name)
+    shift = script.Shift(8).double()
+    torch.manual_seed(0)
+    (share,) = shift.parameters()
+    torch.nn.init.uniform_(share)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    shifted = shift(x)
+    for t in range(5):
+        before = x[:, t - 1] if t else torch.zeros(2, 8)
+        close(shifted[:, t], (1 - share) * x[:, t] + share * before)
+
+    base = base_of(name)
+    model = script.Model(tiny(script))
+    shares = {name for name, _ in model.named_parameters() if "shift" in name}
+    assert len(shares) == 4 * len(model.blocks)  # of queries, keys, values and the MLP
+    with torch.no_grad():
+        for name in shares:
+            model.get_parameter(name).zero_()
+    plain = base.Model(tiny(base))
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name not in shares})
+    idx = tokens(2, 20)
+    assert torch.equal(model(idx)[0], plain(idx)[0])
+
+
+def test_rwkv_noshift_is_rwkv_whose_mixers_are_0():
+    script = load("rwkv-noshift")
+    whole = train_rwkv.Model(tiny(train_rwkv))
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if name.endswith("mix"):
+                parameter.zero_()
+            elif name.endswith("proj.weight"):
+                parameter.normal_(0.0, 0.1)  # it begins at 0, where nothing would show
+    model = script.Model(tiny(script))
+    model.load_state_dict({name: value for name, value in whole.state_dict().items() if not name.endswith("mix")})
+    idx = tokens(2, 40)
+    close(model(idx)[0], whole(idx)[0])
+
+
+def test_titan_is_what_its_two_patches_make():
+    names = ("gemma-rwkv", "gemma-shift")
+    *_, parameters, _ = made(*names)
+    assert parameters <= BUDGET
+    model = load(*names).Model(tiny(load(*names)))
+    shifts = [name for name, _ in model.named_parameters() if "shift" in name]
+    assert len(shifts) == 6 + 3  # in each MLP, and in the global layer's attention
+    for check in (editing_a_token_changes_nothing_before_it, learns):
+        check(load(*names))
 
 
 # ==========================================================================
