@@ -193,41 +193,24 @@ def test_accuracies_before_the_last_have_a_little_wider_intervals(tmp_path):
     assert half > 2 * of_kept[1][2]
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """run_tool(*arguments) -> (status, what tools.collection printed)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["collection", *map(str, arguments)])
-        try:
-            collection.main()
-            status = 0
-        except SystemExit as error:
-            status = 1 if error.code else 0
-            print(error.code)
-        return status, capsys.readouterr().out
-
-    return run
-
-
-def test_the_program_adds_runs_and_says_what_it_leaves_out(tmp_path, run_tool):
+def test_the_program_adds_runs_and_says_what_it_leaves_out(tmp_path, run):
     read_runs(tmp_path / "log", "a", "b", steps=10)
     write_run(tmp_path / "log/begun", losses=(5.0,), max_steps=10)
-    status, said = run_tool(tmp_path / "kept", tmp_path / "log/a", tmp_path / "log/b")
+    status, said = run(collection, tmp_path / "kept", tmp_path / "log/a", tmp_path / "log/b")
     assert status == 0 and said == f"{tmp_path}/kept/runs.jsonl: 2 runs, 2 of them new, 0 replaced\n"
-    status, said = run_tool(tmp_path / "more", tmp_path / "kept", *sorted((tmp_path / "log").iterdir())[1:])
+    status, said = run(collection, tmp_path / "more", tmp_path / "kept", *sorted((tmp_path / "log").iterdir())[1:])
     assert status == 1 and said.splitlines() == [
         f"left out: {tmp_path}/log/begun: is at step 0 of 10",
         f"{tmp_path}/more/runs.jsonl: 2 runs, 2 of them new, 0 replaced",
         "1 of 3 runs were left out, see above",
     ]
-    status, said = run_tool(tmp_path / "more", tmp_path / "log/b")
+    status, said = run(collection, tmp_path / "more", tmp_path / "log/b")
     assert status == 0 and said.endswith(": 2 runs, 0 of them new, 1 replaced\n")
     read_runs(tmp_path / "other", "b", steps=20)
-    status, said = run_tool(tmp_path / "more", tmp_path / "log/b", tmp_path / "other/b")
+    status, said = run(collection, tmp_path / "more", tmp_path / "log/b", tmp_path / "other/b")
     assert status == 1 and said.startswith(f"{tmp_path}/log/b and {tmp_path}/other/b have one name, ")
     (tmp_path / "kept/runs.jsonl").write_text("{}\n")
-    status, said = run_tool(tmp_path / "kept", tmp_path / "log/a")
+    status, said = run(collection, tmp_path / "kept", tmp_path / "log/a")
     assert status == 1 and "kept/runs.jsonl, line 1 is not a run of a collection: " in said
     assert said.endswith(": nothing was added\n") and (tmp_path / "kept/runs.jsonl").read_text() == "{}\n"
 

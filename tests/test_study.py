@@ -313,7 +313,7 @@ def test_what_fails_is_named_and_the_others_go_on(fake, run):
     assert f"failed    st-0.25M-bad-1: stopped at step 3: loss nan ({where})\n" in said
     assert "failed    worse at 0.25M: --n_embd 13 is no good\n" in said
     assert "failed    unknown at 0.25M: train_fake.py has no option --windw\n" in said
-    assert said.endswith("3 failed: the same command tries again\n")
+    assert said.endswith("3 failed: the same command tries again, once it is mended\n")
     assert sorted(results()) == ["st-0.25M-one-1", "st-0.25M-two-1"]
     fake(more=more.replace("n_head = 7", "n_head = 2"))  # what was wrong is mended
     status, said = run(study, "st.toml", "--seeds", "1", "--only", "bad")
@@ -326,12 +326,18 @@ def test_a_run_of_other_options_is_not_taken_for_this_one(fake, run):
     before = Path("log/st-0.25M-one-1/log.jsonl").read_bytes()
     for collect in ("report/st", "report/new"):
         status, said = run(study, "st.toml", "--seeds", "1", "--steps", "6", "--collect", collect)
-        where = "the run of that name in report/st" if collect == "report/st" else "log/st-0.25M-one-1"
+        where, cure = "its folder in log/", "move it away"
+        if collect == "report/st":
+            where, cure = "the run of that name in report/st", "choose another --collect"
         wanted = f"failed    st-0.25M-one-1: {where} has --max_steps 8, but the study asks for 6: "
-        wanted += f"move {where} away"
+        wanted += f"{cure}, or give this study's options"
         assert status == 1 and wanted in said, said
         assert Path("log/st-0.25M-one-1/log.jsonl").read_bytes() == before
     assert list(results("report/new")) == ["st-0.25M-two-1"]  # the others went on
+    more = ("st.toml", "--seeds", "2", "3", "--only", "one")
+    assert run(study, *more)[0] == 0
+    status, said = run(study, *more, "--steps", "4")  # those alike are one line
+    assert status == 1 and said.count("failed    ") == 1 and "failed    st-0.25M-one-2 and 1 more: " in said, said
 
 
 def test_other_data_are_said(fake, run, tmp_path):
@@ -340,7 +346,7 @@ def test_other_data_are_said(fake, run, tmp_path):
     tokens = ["--files", "more.txt", "--tokenizer", "bytes", "--out", "other", "--workers", "0"]
     run(fineweb, *tokens, "--shard_tokens", "20000")
     status, said = run(study, "st.toml", "--seeds", "1", "--only", "one", "--data_dir", "other")
-    assert status == 1 and "has seen other data than that in other: move " in said
+    assert status == 1 and "has seen other data than that in other: choose another --collect" in said
     status, said = run(study, "st.toml", "--seeds", "9", "--data_dir", "nowhere")
     assert status == 1 and said.startswith("no token shards in nowhere")
     assert not Path("log/st-0.25M-one-9").exists()

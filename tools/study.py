@@ -502,13 +502,16 @@ def command_line(job, args):
 # What there is already
 
 
-def difference(job, facts, fingerprint, where):
+def difference(job, facts, fingerprint, collect):
     """Why the run with these facts is not the job's, in a line; "" if it is.
 
-    fingerprint: that of the job's data, or None if it isn't here. where: the run is.
+    fingerprint: that of the job's data, or None if it isn't here. collect: the collection that the run is
+    in, or None for its folder in log/. The line doesn't name the run, so that those alike are one line.
     """
     logged = facts["config"]
-    cure = f"move {where} away, or give this study's options as they were then"
+    where = f"the run of that name in {collect}" if collect else "its folder in log/"
+    cure = "choose another --collect" if collect else "move it away"
+    cure += ", or give this study's options as they were then"
     for name, value in dataclasses.asdict(job.config).items():
         if name not in runs.VARYING_FIELDS and name in logged and logged[name] != value:
             return f"{where} has --{name} {logged[name]}, but the study asks for {value}: {cure}"
@@ -571,7 +574,7 @@ def look_up(jobs, fingerprints, args):
     outdated = {}
     for job in jobs:
         run = collected.get(job.name)
-        where = f"the run of that name in {collect}" if run else str(job.folder)
+        where = collect if run else None
         if run is None and job.folder.exists():
             run = finished_run(job)
             if run:
@@ -1106,9 +1109,7 @@ def main():
         show_commands(jobs, args)
         return
     for job in jobs:
-        if job.state == "failed":
-            print(f"failed    {job.name}: {job.why}")
-        elif job.state == "to come":
+        if job.state == "to come":
             fineweb.open_dataset(job.config.data_dir, job.config.vocab_size, job.config.train_shards)
     stopped = False
     if any(job.state == "to come" for job in jobs):
@@ -1122,8 +1123,12 @@ def finish(jobs, problems, args, stopped):
     """Prints what the study has come to. Raises SystemExit if runs failed, or it was stopped."""
     print("\n".join(table(jobs)))
     failed = [job for job in jobs if job.state == "failed"]
+    alike = {}
     for job in failed:
-        print(f"failed    {job.name}: {job.why}")
+        alike.setdefault(job.why, []).append(job.name)
+    for why, names in alike.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"failed    {names[0]}{more}: {why}")
     if stopped:
         print(summary(jobs, args.jobs))
         fail(f"stopped; to go on: {shlex.join(['python', '-m', 'tools.study', *sys.argv[1:]])}")
@@ -1131,7 +1136,7 @@ def finish(jobs, problems, args, stopped):
         print(f"Next: python -m tools.compare {shlex.quote(str(args.collect))}")
     if failed or problems:
         n = len(failed) + len(problems)
-        fail(f"{n} failed: the same command tries again")
+        fail(f"{n} failed: the same command tries again, once it is mended")
 
 
 if __name__ == "__main__":
