@@ -684,6 +684,7 @@ class Child:
         environment = dict(os.environ)
         paths = [str(ROOT), os.environ.get("PYTHONPATH")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        environment["PYTHONUNBUFFERED"] = "1"  # else what it printed before an error comes after it
         if threads(args):
             environment["OMP_NUM_THREADS"] = str(threads(args))
         with fineweb.one_line(f"{self.out} can't be written"):
