@@ -26,7 +26,7 @@ from tools import collection, runs, study, vary
 
 def asked(**given):
     """The command line's Namespace."""
-    fields = dict(only=None, seeds=None, rates=None, steps=None, data_dir=None, jobs=1, nproc_per_node=1, dry=False)
+    fields = dict(only=None, seeds=None, rates=None, steps=None, data_dir=None, jobs=1, nproc_per_node=1, dry=False, reuse=None)
     return argparse.Namespace(**(fields | given))
 
 
@@ -350,6 +350,44 @@ def test_other_data_are_said(fake, run, tmp_path):
     status, said = run(study, "st.toml", "--seeds", "9", "--data_dir", "nowhere")
     assert status == 1 and said.startswith("no token shards in nowhere")
     assert not Path("log/st-0.25M-one-9").exists()
+
+
+def test_equal_runs_of_another_study_are_taken_from_it(fake, run, monkeypatch):
+    """Those of the same script, options, seed and data, and no others."""
+    assert run(study, "st.toml", "--seeds", "1", "2")[0] == 0
+    text = Path("st.toml").read_text()
+    text = text.replace("one", "first").replace("two", "second").replace("n_layer = 2", "n_layer = 3")
+    Path("other.toml").write_text(text)
+    status, said = run(study, "other.toml", "--seeds", "2", "3", "--reuse", "report/st", "--dry")
+    assert status == 0 and said.startswith("1 of 4 runs are the same as in report/st, and taken from there\n")
+    assert said.count("python train_fake.py") == 3 and not Path("report/other").exists()
+    status, said = run(study, "other.toml", "--seeds", "2", "3", "--reuse", "report/st")
+    assert status == 0 and said.count("started ") == 3 and "started   other-0.25M-first-2" not in said
+    theirs = {kept.folder.name: kept for kept in collection.read("report/st")}["st-0.25M-one-2"]
+    ours = {kept.folder.name: kept for kept in collection.read("report/other")}["other-0.25M-first-2"]
+    assert ours.study == {"name": "other", "size": "0.25M", "entry": "first", "base": None, "rate": 1.0}
+    assert (ours.val, ours.train, ours.facts) == (theirs.val, theirs.train, theirs.facts)
+    again = run(study, "other.toml", "--seeds", "2", "3", "--reuse", "report/st")[1]
+    assert again.startswith("0 of 4 runs are the same") and "started " not in again
+
+    # another text of the script, other data, another budget: nothing is taken
+    Path("other.toml").write_text(text)
+    for change in ("nothing", "script", "data", "steps"):
+        command = ["other.toml", "--seeds", "1", "--only", "first", "--reuse", "report/st", "--dry"]
+        if change == "steps":
+            command += ["--steps", "4"]
+        with monkeypatch.context() as patch:
+            if change == "data":
+                patch.setattr(study, "look_at_data", lambda jobs, dry: {"data/sample": "other"})
+            if change == "script":
+                patch.setattr(study.Source, "hash", "other")
+            said = run(study, *command)[1]
+        assert said.startswith(f"{int(change == 'nothing')} of 1 runs are the same"), change
+
+
+def test_a_collection_to_reuse_that_is_not_there_is_said(fake, run):
+    status, said = run(study, "st.toml", "--reuse", "results/none")
+    assert status == 1 and said.startswith("--reuse results/none: ") and said.count("\n") == 1
 
 
 def test_a_run_that_another_process_has_is_waited_for(fake, run):

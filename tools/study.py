@@ -14,7 +14,9 @@ resume where they were. A run that fails is named, and the others go on. Each
 run is log/STUDY-SIZE-RUN-SEED, what it printed is in report/STUDY/out/, and
 each finished one is added to report/STUDY/runs.jsonl, or --collect DIR, which
 tools.compare reads. What is in there counts as done, so a study can be
-continued on another machine from that one file.
+continued on another machine from that one file. --reuse DIR takes those runs
+of another study's collection that are to the letter the same: script, options,
+seed and data.
 
 A study is a file of tools/studies/, or any file in that form by its path:
 NAME.toml has its question and runs, sizes.toml what the sizes mean.
@@ -600,6 +602,48 @@ def look_up(jobs, fingerprints, args):
     return notes
 
 
+def same_training(job, run, fingerprint):
+    """Whether a run of another study is what a job would train, to the letter.
+
+    fingerprint: that of the job's data. The folders, and what is only shown of a run, may differ.
+    """
+    if run.seed != job.seed or run.script_hash != job.source.hash or run.changed:
+        return False
+    if fingerprint is None or run.facts["data"]["fingerprint"] != fingerprint:
+        return False
+    asked = dataclasses.asdict(job.config)
+    if asked.keys() != run.config.keys():
+        return False
+    return all(run.config[name] == value for name, value in asked.items() if name not in runs.VARYING_FIELDS)
+
+
+def reuse(jobs, fingerprints, args):
+    """Takes runs that jobs to come would only repeat out of other studies' collections, with all they have.
+
+    They are added to the collection as runs of this study. Returns a note for each of the others. Raises
+    SystemExit, with a line, for one that can't be read.
+    """
+    notes = []
+    for path in args.reuse or []:
+        try:
+            others = collection.read(path)
+        except runs.Unreadable as reason:
+            fail(f"--reuse {path}: {reason}")
+        taken = []
+        for job in jobs:
+            if job.state != "to come" or job.folder.exists():
+                continue
+            for run in others:
+                if same_training(job, run, fingerprints.get(job.config.data_dir)):
+                    taken.append(dataclasses.replace(run, folder=job.folder, study=job.place))
+                    set_done(job, run)
+                    break
+        if not args.dry:
+            add_to(args.collect, taken)
+        notes.append(f"{len(taken)} of {len(jobs)} runs are the same as in {path}, and taken from there")
+    return notes
+
+
 def add_to(collect, finished):
     """Adds runs to the collection. SystemExit, with a line, if it can't be read or written."""
     if not finished:
@@ -1031,6 +1075,7 @@ def parse_command_line():
     add("--steps", type=positive, metavar="N", help="another budget, with the same part of warm-up")
     add("--data_dir", metavar="DIR", help="folder of token shards [the size's]")
     add("--collect", type=Path, metavar="DIR", help="the collection of its runs [report/STUDY]")
+    add("--reuse", nargs="+", type=Path, metavar="DIR", help="collections to take equal runs from")
     add("--jobs", type=positive, metavar="N", default=1, help="runs at a time; they share the cores [1]")
     add("--nproc_per_node", type=positive, metavar="N", default=1, help="processes of each, by torchrun [1]")
     add("--dry", action="store_true", help="print the commands and an estimate, start nothing")
@@ -1104,7 +1149,8 @@ def main():
         fail(f"{study.name} has nothing to run at --size {' '.join(sizes)}")
     if not args.dry:
         fineweb.lock_folder(output_folder(study.name), "one start of a study at a time")
-    for note in look_up(jobs, look_at_data(jobs, args.dry), args):
+    fingerprints = look_at_data(jobs, args.dry)
+    for note in look_up(jobs, fingerprints, args) + reuse(jobs, fingerprints, args):
         print(note)
     if args.dry:
         show_commands(jobs, args)
