@@ -1,0 +1,188 @@
+"""The README's answers: numbers out of made-up runs, and words that these contradict."""
+import statistics
+
+import pytest
+from conftest import ROOT
+from test_effects import make_entry, make_run, rows
+
+from tools import findings, verdicts
+
+GPT2 = [3.0, 3.1, 3.05]
+ROPE = [2.0, 2.12, 2.03]
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """made_up(answer, runs, **fields) -> the findings of one answer, whose collection has these runs."""
+
+    def made_up(answer, runs, verdicts=(), **fields):
+        monkeypatch.setattr(findings.collection, "read", lambda path: runs)
+        file = tmp_path / "findings.toml"
+        lines = ['[[finding]]', 'question = "Is it?"', 'later = "who knows."', 'runs = "results/x"']
+        lines.append(f'answer = "{answer}"')
+        lines += [f"{name} = {value}" for name, value in ({"sizes": '["0.8M"]'} | fields).items()]
+        lines.append("[finding.verdicts]")
+        lines += [f'"{place}" = "{verdict}"' for place, verdict in dict(verdicts).items()]
+        file.write_text("\n".join(lines))
+        return findings.findings(file)
+
+    return made_up
+
+
+def pair(**options):
+    return make_entry("gpt2", GPT2, base=None) + make_entry("gpt2-rope", ROPE, **options)
+
+
+def test_numbers_are_filled_in(made_up):
+    facts = {"parameters": 720_000, "flops_per_token": 1.76e6}
+    answer = "{gpt2-rope}, {gpt2-rope - gpt2}, {gpt2-rope - gpt2, in %}, {gpt2-rope / gpt2, flops}, "
+    answer += "{gpt2-rope / gpt2, parameters}, {gpt2-rope / gpt2, tokens/s}"
+    said = made_up(answer, pair(facts=facts, ms=200.0), {"gpt2-rope - gpt2": "better"})
+    differences = [ours - theirs for ours, theirs in zip(ROPE, GPT2, strict=True)]
+    half = 4.30265 * statistics.stdev(differences) / 3**0.5  # t with two degrees of freedom
+    mean = statistics.mean(differences)
+    wanted = f"**Is it?** {statistics.mean(ROPE):.3f} ± {verdicts.half_interval(ROPE):.3f}, "
+    wanted += f"{mean:+.3f} ± {half:.3f}, "
+    wanted += f"{100 * mean / 3.05:+.1f} ± {100 * half / 3.05:.1f}%, 1.10, 0.90, 0.50 "
+    wanted += "(three seeds at 0.8M, 0.4M bytes each: `python -m tools.compare results/x`) "
+    assert said == wanted + "*At full size:* who knows.\n"
+
+
+def test_words_that_the_runs_contradict_are_refused(made_up):
+    for given in ({"gpt2-rope - gpt2": "worse"}, {"gpt2-rope - gpt2": "not distinguishable"}, {}):
+        with pytest.raises(SystemExit, match="gpt2-rope - gpt2 is better by the runs in results/x at 0.8M"):
+            made_up("{gpt2-rope - gpt2}", pair(), given)
+    one = make_entry("gpt2", GPT2[:1], base=None) + make_entry("gpt2-rope", ROPE[:1])
+    with pytest.raises(SystemExit, match="is one seed: no verdict by the runs"):
+        made_up("{gpt2-rope - gpt2}", one, {"gpt2-rope - gpt2": "better"})
+    with pytest.raises(SystemExit, match="is unequal conditions: no verdict by the runs"):
+        made_up("{gpt2-rope - gpt2}", pair(steps=100), {"gpt2-rope - gpt2": "better"})
+
+
+@pytest.mark.parametrize("answer, words", [
+    ("{llama}", "results/x at 0.8M has no run of llama"),
+    ("{gpt2 x4}", "results/x at 0.8M has no run of gpt2 x4"),
+    ("{gpt2 at 2.7M}", "this answer has no size 2.7M"),
+    ("{gpt2-rope / gpt2, memory}", "no ratio of memory: flops, parameters or tokens/s"),
+])  # fmt: skip
+def test_a_place_that_says_nothing_is_one_line(made_up, answer, words):
+    with pytest.raises(SystemExit) as reason:
+        made_up(answer, pair())
+    assert words in str(reason.value) and "\n" not in str(reason.value)
+
+
+def test_a_size_without_runs_is_one_line(made_up):
+    with pytest.raises(SystemExit, match="results/x at 2.7M: there is no run"):
+        made_up("{gpt2}", pair(), sizes='["2.7M"]')
+
+
+def test_several_sizes(made_up):
+    small = make_entry("gpt2", [4.0, 4.1, 4.05], base=None, size="0.25M")
+    small += make_entry("gpt2-rope", [4.2, 4.0, 4.1], size="0.25M")
+    told = {"gpt2-rope - gpt2": "not distinguishable", "gpt2-rope - gpt2 at 0.8M": "better"}
+    answer = "{gpt2}, {gpt2 at 0.8M}, {gpt2-rope - gpt2}, {gpt2-rope - gpt2 at 0.8M}"
+    said = made_up(answer, small + pair(), told, sizes='["0.25M", "0.8M"]')
+    assert "** 4.050 ± 0.124, 3.050 ± 0.124, +0.050 ± " in said
+    assert "(three seeds at 0.25M, 0.4M bytes each; three seeds at 0.8M, 0.4M bytes each: " in said
+
+
+def test_learning_rates(made_up):
+    runs = pair() + make_entry("gpt2", [2.5, 2.61, 2.54], base=None, rate=4.0)
+    said = made_up("{gpt2 x4 - gpt2}", runs, {"gpt2 x4 - gpt2": "better"})
+    assert "** -0.500 ± 0.025 (" in said
+    said = made_up("{gpt2}, {gpt2-rope - gpt2}", runs, {"gpt2-rope - gpt2": "better"}, own_rate="true")
+    assert "** 2.550 ± 0.138, -0.500 ± " in said  # the best rate of GPT-2
+    with pytest.raises(SystemExit, match="gpt2 is compared with rate 1 only"):
+        made_up("{gpt2 - gpt2 x4}", runs)
+
+
+def test_two_that_are_no_bases_are_judged_among_all_pairs(made_up):
+    """By the pairs' own p-value they differ at 5%, but not after a correction for all pairs."""
+    near = [1.99, 2.10, 2.01]
+    runs = pair() + make_entry("gpt2-relu2", near) + make_entry("gpt2-nobias", [2.02, 2.08, 2.05])
+    assert verdicts.compare_losses(dict(enumerate(near)), dict(enumerate(ROPE))).p < 0.05
+    place = "gpt2-relu2 - gpt2-rope"
+    said = made_up(f"{{{place}}}", runs, {place: "not distinguishable"})
+    assert "** -0.017 ± 0.014 (" in said
+    far = made_up(f"{{{place}}}", pair() + make_entry("gpt2-relu2", [1.0, 1.1, 1.04]), {place: "better"})
+    assert "** -1.003 ± " in far
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def budgets(entry, b, flops=1.6e6, ms=100.0, at_end=2.0, shifts=(0.0, 0.01, -0.02)):
+    """Runs of an entry with 200 and with 800 steps, whose losses follow tokens^-b, seed by seed."""
+    found = {}
+    for study, steps in (("rates", 200), ("architectures", 800)):
+        losses = [(at_end + shift) * (steps / 800) ** -b for shift in shifts]
+        base = None if entry == "gpt2" else "gpt2"
+        found[study] = make_entry(entry, losses, base=base, study=study, steps=steps, size="0.25M",
+                                  facts={"flops_per_token": flops}, ms=ms)  # fmt: skip
+    return found
+
+
+def ranked(monkeypatch, *entries, more=()):
+    runs = {"architectures": [], "rates": []}
+    for entry in entries:
+        for study, of_study in entry.items():
+            runs[study] += of_study
+    runs["architectures"] += more
+    monkeypatch.setattr(findings.collection, "read", lambda path: runs[path.name])
+    return findings.ranking()
+
+
+def test_the_ranking_has_the_losses_at_equal_cost(monkeypatch):
+    slow = budgets("rwkv", 0.1, flops=2.0e6, ms=250.0, at_end=1.9)
+    said = ranked(monkeypatch, budgets("gpt2", 0.2), slow)
+    made = rows(said)
+    assert made["architecture"] == ["loss at 0.25M", "FLOPs per token", "tokens/s", "loss at gpt2's FLOPs",
+                                    "loss at gpt2's time"]  # fmt: skip
+    assert list(made)[2:] == ["rwkv", "gpt2"]  # by loss
+    half = verdicts.half_interval([1.9, 1.91, 1.88])
+    level = statistics.mean([1.9, 1.91, 1.88])
+    assert made["rwkv"] == [
+        f"{level:.3f} ± {half:.3f}", "1.25", "0.40",
+        f"{level * 0.8**-0.1:.3f} ± {half * 0.8**-0.1:.3f}",
+        f"{level * 0.4**-0.1:.3f} ± {half * 0.4**-0.1:.3f}",
+    ]  # fmt: skip
+    assert made["gpt2"][1:] == ["1.00", "1.00", made["gpt2"][0], made["gpt2"][0]]
+
+
+def test_no_loss_is_read_off_far_from_what_was_run(monkeypatch):
+    """A sixth of the tokens is within half as much again as the quarter that was run; a seventh isn't."""
+    sixth = budgets("rwkv", 0.1, ms=600.0)
+    seventh = budgets("mta", 0.1, ms=700.0)
+    fast = budgets("llama", 0.1, ms=60.0)
+    made = rows(ranked(monkeypatch, budgets("gpt2", 0.2), sixth, seventh, fast))
+    assert made["rwkv"][-1].startswith(f"{statistics.mean([2.0, 2.01, 1.98]) * 6**0.1:.3f} ± ")
+    assert made["mta"][-1] == "–" and made["mta"][-2] != "–"
+    assert made["llama"][-1] == "–" and made["llama"][-2] != "–"
+    alone = {"architectures": budgets("mta", 0.1)["architectures"]}  # with no run of fewer tokens
+    assert rows(ranked(monkeypatch, budgets("gpt2", 0.2), alone))["mta"][-2:] == ["–", "–"]
+
+
+def test_the_ranking_goes_by_the_largest_size_that_all_have(monkeypatch):
+    more = make_entry("gpt2", [1.5, 1.5, 1.6], base=None, study="architectures", size="0.8M")
+    own = make_entry("rwkv", [1.8, 1.8, 1.9], study="architectures", size="0.25M", rate=2.0, steps=800)
+    made = rows(ranked(monkeypatch, budgets("gpt2", 0.2), budgets("rwkv", 0.1, at_end=1.9), more=more + own))
+    assert made["architecture"][:3] == ["loss at 0.25M", "at its own rate", "loss at 0.8M"]
+    assert list(made)[2:] == ["rwkv", "gpt2"]
+    assert made["rwkv"][1].endswith(" at x2") and made["rwkv"][2] == "–"
+    assert made["gpt2"][1].endswith(" at x1")
+
+
+def test_the_file_that_is_here_holds():
+    """Words and runs of today go together."""
+    said = findings.findings()
+    assert said.count("*At full size:*") == said.count("`python -m tools.compare results/") >= 1
+    assert "{" not in said
+    assert (ROOT / "results/findings.toml").read_text().count("[[finding]]") == said.count("**") / 2
+
+
+def test_a_run_of_no_study_is_no_evidence(monkeypatch):
+    runs = [make_run("gpt2", 3.0, base=None)]
+    runs[0].study = None
+    monkeypatch.setattr(findings.collection, "read", lambda path: runs)
+    with pytest.raises(SystemExit, match="there is no run"):
+        findings.Evidence("results/x", "0.8M")

@@ -1,0 +1,297 @@
+"""
+What we found so far: the README's answers, with every number out of results/.
+
+    python -m tools.findings              # print them
+    python -m tools.table --write         # put them into README.md
+
+results/findings.toml has the questions and the words of the answers. A number
+is a place in them, and is filled in from the collection that the answer names:
+
+    {llama}                 the mean final loss of an entry over its seeds
+    {llama - gpt2}          the difference of two, paired over seeds
+    {llama - gpt2, in %}    the same in percent of the second one's loss
+    {llama / gpt2, flops}   the ratio of FLOPs per token; also: parameters,
+                            tokens/s
+    {llama at 0.8M}         at another size than the answer's first one;
+                            at the end, as in {llama - gpt2, in % at 0.8M}
+    {gemma x4 - gemma}      at another learning rate; without one the shared
+                            rate, or with own_rate = true each one's best
+
+Words can't contradict the runs: each difference that is told must be under
+verdicts with what the words make of it, "better", "worse" or "not
+distinguishable". If the runs say otherwise, there are no answers but a line.
+"""
+import argparse
+import math
+import re
+import statistics
+from pathlib import Path
+
+import msgspec
+
+import fineweb
+from tools import collection, effects, scaling, verdicts
+from tools.page import table
+from tools.runs import Unreadable
+
+ROOT = Path(__file__).parent.parent
+FILE = ROOT / "results/findings.toml"
+RANKED = "results/architectures"  # the study of the ranking
+SHORTER = "results/rates"  # the same architectures with fewer tokens
+REFERENCE = "gpt2"
+FARTHEST = 1.5  # times the tokens of a budget that a loss may be read off beyond it
+PLACE = re.compile(r"\{([^{}]*)\}")
+RATE = re.compile(r" x([0-9.]+)$")
+RATIOS = {"flops": "flops_per_token", "parameters": "parameters"}
+SEEDS = ["no seed", "one seed", "two seeds", "three seeds", "four seeds", "five seeds", "six seeds"]
+
+
+class Finding(msgspec.Struct, forbid_unknown_fields=True):
+    """A question and its answer."""
+
+    question: str
+    answer: str  # with places for numbers
+    runs: str  # the collection, as results/architectures
+    sizes: list[str]  # of it, as ["0.25M"]
+    later: str  # what may change it at 124M and 10B tokens
+    verdicts: dict[str, str] = {}  # place of a difference -> what the answer makes of it
+    own_rate: bool = False  # whether each entry is at its own best learning rate
+
+
+class Findings(msgspec.Struct, forbid_unknown_fields=True):
+    """findings.toml."""
+
+    finding: list[Finding]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The runs
+
+
+def studied(path):
+    """The runs of a collection that belong to a study. Raises SystemExit if it can't be read."""
+    try:
+        return [run for run in collection.read(ROOT / path) if run.study]
+    except Unreadable as reason:
+        fineweb.fail(str(reason))
+
+
+class Evidence:
+    """The runs of one collection and size, by entry and learning rate. Raises SystemExit if there is none."""
+
+    def __init__(self, path, size, own_rate=False):
+        self.where = f"{path} at {size}"
+        runs = effects.by_size(studied(path)).get(size)
+        if not runs:
+            fineweb.fail(f"{self.where}: there is no run")
+        self.groups, _ = effects.group_runs(runs)
+        self.entries = effects.rates_of(self.groups)
+        if own_rate:
+            self.selected = {entry: effects.best_group(each) for entry, each in self.entries.items()}
+        else:
+            self.selected = {entry: group for (entry, rate), group in self.groups.items() if rate == 1}
+        self.against, _ = effects.compare_selected(self.selected)
+
+    def group(self, name):
+        """The effects.Group of an entry as a place names it: gemma, or gemma x4."""
+        rate = RATE.search(name)
+        entry = RATE.sub("", name)
+        group = self.groups.get((entry, float(rate[1]))) if rate else self.selected.get(entry)
+        if group is None:
+            fineweb.fail(f"{self.where} has no run of {name}")
+        return group
+
+    def compare(self, ours, theirs):
+        """(the verdicts.Estimate of two Groups' difference, how many seeds both have, the verdict).
+
+        The verdict has the correction of what the report compares the two in: the entries with one base,
+        the learning rates of one entry, or, where neither is the other's base, all pairs of the size.
+        """
+        for effect in self.against.get(theirs.entry, []):
+            if effect.group is ours and effect.base is theirs:
+                return effect.loss, len(effect.seeds), effect.verdict
+        loss, seeds = effects.paired_loss(ours.losses(), theirs.losses())
+        if ours.entry == theirs.entry:
+            if theirs.rate != 1:
+                fineweb.fail(f"{self.where}: {ours.name} is compared with rate 1 only")
+            _, _, p = effects.against_rate_one(self.entries)[0][ours.entry, ours.rate]
+            verdict = verdicts.ONE_SEED if p is None else effects.told(loss, p)
+            return loss, len(seeds), verdict
+        effect = effects.compare_with(theirs, [ours])[0]
+        if effect.unequal or loss.p is None:
+            return loss, len(seeds), effect.verdict
+        pairs, _ = scaling.told_apart(self.selected | {ours.entry: ours, theirs.entry: theirs})
+        told = (ours.entry, theirs.entry) in pairs or (theirs.entry, ours.entry) in pairs
+        lower = verdicts.BETTER if loss.difference < 0 else verdicts.WORSE
+        return loss, len(seeds), lower if told else verdicts.UNTOLD
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The ranking, with what each architecture costs
+
+
+def tokens_of(group):
+    config = group.first.config
+    return config["max_steps"] * config["batch_tokens"]
+
+
+def losses_with(times, group, shorter):
+    """The losses of a Group with so many times its tokens, a list over seeds; empty if they can't be told.
+
+    On the straight line between log loss and log tokens through the Group and the one with fewer tokens,
+    seed by seed. Both lowered their learning rate to the end, which a run that is cut short has not.
+    """
+    lowest = tokens_of(shorter) / tokens_of(group)
+    if not lowest / FARTHEST <= times <= FARTHEST or lowest >= 1:
+        return []
+    losses = []
+    for seed in sorted(group.seeds & shorter.seeds):
+        ours, theirs = group.runs[seed], shorter.runs[seed]
+        b = math.log(theirs.loss / ours.loss) / math.log(1 / lowest)
+        losses.append(ours.loss * times**-b)
+    return losses
+
+
+def cost_cells(group, reference, shorter):
+    """Cells: FLOPs per token, tokens/s, and the losses at the reference's FLOPs and time."""
+    flops = group.first.facts["flops_per_token"] / reference.first.facts["flops_per_token"]
+    speed = pace(group) / pace(reference)
+    cells = [f"{flops:.2f}", f"{speed:.2f}"]
+    for times in (1 / flops, speed):
+        losses = []
+        if shorter and effects.scale_of_loss(shorter.first) == effects.scale_of_loss(group.first):
+            losses = losses_with(times, group, shorter)
+        cells.append(with_half(statistics.mean(losses), verdicts.half_interval(losses)) if losses else "–")
+    return cells
+
+
+def ranking():
+    """The architectures' losses at each size of the study, and what they cost, the best first.
+
+    The order is that of the largest size at which all have been run.
+    """
+    sizes = list(effects.by_size(studied(RANKED)))
+    at = {size: Evidence(RANKED, size) for size in sizes}
+    own = {size: Evidence(RANKED, size, own_rate=True) for size in sizes}
+    shorter = Evidence(SHORTER, sizes[0]) if sizes[0] in effects.by_size(studied(SHORTER)) else None
+    most = max(len(here.selected) for here in at.values())
+    last = [size for size in sizes if len(at[size].selected) == most][-1]
+    head = ["architecture"]
+    for size in sizes:
+        head.append(f"loss at {size}")
+        if own[size].selected != at[size].selected:
+            head.append("at its own rate")
+    head += ["FLOPs per token", "tokens/s", f"loss at {REFERENCE}'s FLOPs", f"loss at {REFERENCE}'s time"]
+    rows = []
+    for entry in sorted(at[last].selected, key=lambda entry: at[last].selected[entry].mean()):
+        row = [entry]
+        for size in sizes:
+            row.append(mean_loss(at[size].selected[entry]) if entry in at[size].selected else "–")
+            if own[size].selected != at[size].selected:
+                best = own[size].selected.get(entry)
+                row.append("–" if best is None else f"{mean_loss(best)} at x{best.rate:g}")
+        first = at[sizes[0]].selected
+        fewer = shorter.selected.get(entry) if shorter else None
+        row += cost_cells(first[entry], first[REFERENCE], fewer) if entry in first else ["–"] * 4
+        rows.append(row)
+    return table(head, rows, ["---"] + ["--:"] * (len(head) - 1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Numbers in their places
+
+
+def with_half(value, half, digits=3, sign=""):
+    """A number and half of its interval's width."""
+    text = f"{value:{sign}.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
+def mean_loss(group):
+    return with_half(group.mean(), verdicts.half_interval(list(group.losses().values())))
+
+
+def ratio(ours, theirs, what):
+    """The ratio of two Groups' FLOPs, parameters or tokens/s, in words."""
+    if what in RATIOS:
+        return f"{ours.first.facts[RATIOS[what]] / theirs.first.facts[RATIOS[what]]:.2f}"
+    if what != "tokens/s":
+        fineweb.fail(f"{FILE.name}: no ratio of {what}: {', '.join(RATIOS)} or tokens/s")
+    return f"{pace(ours) / pace(theirs):.2f}"
+
+
+def pace(group):
+    """Tokens/s, the median over the seeds."""
+    rates = []
+    for run in group.runs.values():
+        rates.append(1000 * run.config["batch_tokens"] / run.median_ms)
+    return statistics.median(rates)
+
+
+def fill(finding, place, evidence):
+    """The text for one place. evidence: {size: Evidence}. Raises SystemExit for a place that says nothing."""
+    inside, _, size = place.partition(" at ")
+    here = evidence.get(size or finding.sizes[0])
+    if here is None:
+        fineweb.fail(f"{FILE.name}: {{{place}}}: this answer has no size {size}")
+    inside, _, what = inside.partition(", ")
+    if " / " in inside:
+        return ratio(*map(here.group, inside.split(" / ")), what)
+    if " - " not in inside:
+        return mean_loss(here.group(inside))
+    ours, theirs = map(here.group, inside.split(" - "))
+    loss, _, verdict = here.compare(ours, theirs)
+    key = f"{inside} at {size}" if size else inside
+    if finding.verdicts.get(key) != verdict:
+        said = finding.verdicts.get(key, "nothing")
+        fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict} by the runs in {here.where}, and "
+                     f"{said} by its verdicts: look at the words again")  # fmt: skip
+    if what == "in %":
+        part = 100 / theirs.mean()
+        half = None if loss.half is None else part * loss.half
+        return with_half(part * loss.difference, half, 1, "+") + "%"
+    return with_half(loss.difference, loss.half, 3, "+")
+
+
+def in_seeds(counts):
+    """How many seeds the groups of an answer have, in words."""
+    words = [SEEDS[count] if count < len(SEEDS) else f"{count} seeds" for count in sorted(counts)]
+    return words[0] if len(words) == 1 else f"{words[0].split()[0]} to {words[-1]}"
+
+
+def scale(finding, evidence):
+    """On what runs an answer rests: sizes, tokens, seeds and the command that shows them."""
+    texts = []
+    for size, here in evidence.items():
+        counts = {len(group.runs) for group in here.selected.values()}
+        configs = [group.first.config for group in here.selected.values()]
+        tokens = max(config["max_steps"] * config["batch_tokens"] for config in configs)
+        texts.append(f"{in_seeds(counts)} at {size}, {tokens / 1e6:.1f}M bytes each")
+    return f"({'; '.join(texts)}: `python -m tools.compare {finding.runs}`)"
+
+
+def in_words(finding):
+    """A Finding as a paragraph. Raises SystemExit, with one line, if it isn't what the runs say."""
+    evidence = {size: Evidence(finding.runs, size, finding.own_rate) for size in finding.sizes}
+    answer = PLACE.sub(lambda found: fill(finding, found[1], evidence), finding.answer)
+    return f"**{finding.question}** {answer} {scale(finding, evidence)} *At full size:* {finding.later}\n"
+
+
+def findings(file=FILE):
+    """All answers as Markdown, a paragraph each. Raises SystemExit, with one line, if one doesn't hold."""
+    try:
+        read = msgspec.toml.decode(file.read_bytes(), type=Findings)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        fineweb.fail(f"{file} can't be read: {getattr(error, 'strerror', None) or error}")
+    return "\n".join(in_words(finding) for finding in read.finding)
+
+
+def main():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    fineweb.parse_strictly(parser)
+    print(findings(), end="")
+
+
+if __name__ == "__main__":
+    main()
