@@ -658,7 +658,7 @@ def test_a_study_comes_first_and_has_one_leaderboard_for_each_size(tmp_path, mon
     assert drawn == {"s_at_0.8M_": entries, "s_at_2.7M_": entries, "": ["gpt2"]}
     assert (tmp_path / "effects_s_0.8M.png").stat().st_size > 5000
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == said.count("![") == 5
+    assert page.count("data:image/png;base64,") == said.count("![") == 7
 
 
 def test_the_pairs_of_many_entries_are_left_out(tmp_path, monkeypatch):

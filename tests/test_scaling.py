@@ -58,8 +58,20 @@ def test_the_study_shows_the_sizes_first(tmp_path):
     assert heads == ["## Study architectures: how the loss falls with size",
                      *[f"## Study architectures at {size}" for size in SIZES]]  # fmt: skip
     assert files[0] == "scaling_architectures_parameters.png" and len(files) == 5
+    one = [run for run in runs if run.study["size"] == "2.7M"]
+    assert "falls with size" not in plain(effects.study_parts(one, tmp_path)[0])
+
+
+def test_two_sizes_are_drawn_and_have_no_law(tmp_path):
+    runs = make_sizes("gpt2", base=None) + make_sizes("llama", 6.0, 0.08) + make_sizes("mta", 6.0, 0.07)
     two = [run for run in runs if run.study["size"] != "2.7M"]
-    assert "falls with size" not in plain(effects.study_parts(two, tmp_path)[0])
+    parts, files = scaling.scaling_parts(two, tmp_path)
+    said = plain(parts)
+    assert "A power law needs 3 sizes. Every size trained on" in said and "b, parameters" not in said
+    assert list(rows(said))[2:] == ["0.25M → 0.8M"] and "How to read the sizes" not in str(parts)
+    assert len(files) == 2
+    for file in files:
+        assert is_drawn(tmp_path / file, *[style(number)[0] for number in range(3)])
 
 
 def test_a_curve_that_is_no_power_law_has_residuals_and_a_wide_interval():
@@ -149,9 +161,12 @@ def test_other_data_is_another_scale_and_too_few_sizes_are_said(tmp_path):
                      facts={"parameters": scaling.TARGET, "data": data})  # fmt: skip
     said = plain(scaling.scaling_parts([*runs, large], tmp_path)[0])
     assert "124M: other data, or other windows, than 0.25M, 0.8M, 2.7M" in said
-    assert "mta has too few sizes for a fit, 0.25M, 0.8M: left out here." in said
+    assert "mta has too few sizes for a fit, 0.25M, 0.8M." in said
     assert set(rows(said)) >= {"gpt2", "llama"} and "mta" not in rows(said)
-    assert scaling.scaling_parts([run for run in runs if run.study["entry"] == "mta"], tmp_path) == ([], [])
+    alone = [run for run in runs if run.study["entry"] == "mta" and run.study["size"] == "0.8M"]
+    assert scaling.scaling_parts(alone, tmp_path) == ([], [])
+    runs += make_sizes("rwkv", sizes={"0.25M": SIZES["0.25M"]})
+    assert "rwkv has one size, 0.25M: left out here." in plain(scaling.scaling_parts(runs, tmp_path)[0])
 
 
 def test_unequal_conditions_are_told(tmp_path):

@@ -705,7 +705,7 @@ def study_parts(runs, folder):
     files = []
     for study in sorted(studies):
         sizes = by_size(studies[study])
-        if len(sizes) >= 3:
+        if len(sizes) >= 2:
             more, new = scaling_parts(studies[study], folder)
             parts += more
             files += new

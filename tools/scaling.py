@@ -1,5 +1,6 @@
 """
-How the loss falls with size: a power law for each entry of a study that has three sizes or more.
+How the loss falls with size: pictures of a study that has two sizes or more, and with three a power law for
+each entry.
 
 The law is loss = a x^-b, a straight line between the logarithms, by least squares over the sizes' mean
 losses; x is the number of parameters, or of training FLOPs (three times those of a forward pass). There is
@@ -34,6 +35,7 @@ from tools.pictures import draw_into_files, draw_scaling
 
 TARGET = 124_475_904  # parameters of GPT-2 at full size
 LEAST_SIZES = 3
+LEAST_DRAWN = 2
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -164,17 +166,19 @@ def comparable_sizes(sizes):
 
 
 def curves_of(sizes):
-    """({entry: {size: Group}} of the entries with three sizes or more, a line on each that has fewer)."""
+    """({entry: {size: Group}} of the entries with two sizes or more, lines on those too few for a law)."""
     curves = {}
     lines = []
     for size, selected in sizes.items():
         for entry, group in selected.items():
             curves.setdefault(entry, {})[size] = group
     for entry in sorted(curves):
-        if len(curves[entry]) < LEAST_SIZES:
-            of = ", ".join(curves[entry])
-            lines.append(f"{entry} has too few sizes for a fit, {of}: left out here.")
+        of = ", ".join(curves[entry])
+        if len(curves[entry]) < LEAST_DRAWN:
+            lines.append(f"{entry} has one size, {of}: left out here.")
             del curves[entry]
+        elif len(curves[entry]) < LEAST_SIZES and len(sizes) >= LEAST_SIZES:
+            lines.append(f"{entry} has too few sizes for a fit, {of}.")
     return curves, lines
 
 
@@ -197,9 +201,9 @@ def unequal_lines(sizes):
 
 
 def law_of(curve, x_of):
-    """The PowerLaw of {size: Group} against x_of(run); None where x isn't known for each size."""
+    """The PowerLaw of {size: Group} against x_of(run); None with too few sizes, or where an x isn't known."""
     xs = [x_of(group.first) for group in curve.values()]
-    if None in xs or len(set(xs)) < len(xs):
+    if len(xs) < LEAST_SIZES or None in xs or len(set(xs)) < len(xs):
         return None
     return fit(xs, [list(group.losses().values()) for group in curve.values()])
 
@@ -308,7 +312,7 @@ def exponent_cell(law):
 
 
 def laws_table(curves):
-    """(the entries' power laws as a Markdown table, lines on what couldn't be told)."""
+    """(the entries' power laws as a Markdown table, "" if there is none, lines on what couldn't be told)."""
     rows = []
     unknown = []
     single = []
@@ -331,6 +335,8 @@ def laws_table(curves):
         else:
             row += ["measured", "–", "–"]
         rows.append((law.b, row))
+    if not rows:
+        return "", [f"A power law needs {LEAST_SIZES} sizes."]
     rows = [row for _, row in sorted(rows, key=lambda each: -each[0])]
     head = ["entry", "b, parameters", "b, without embedding", "b, training FLOPs", "largest residual, %"]
     head += [f"at {TARGET:,}: extrapolated loss", "by seeds", "by residuals"]
@@ -356,10 +362,10 @@ def tokens_line(sizes):
         config = next(iter(selected.values())).first.config
         tokens[size] = config["max_steps"] * config["batch_tokens"]
     if len(set(tokens.values())) == 1:
-        return (f"Every size trained on {min(tokens.values()):,} tokens, so b tells of more parameters at "
+        return (f"Every size trained on {min(tokens.values()):,} tokens, so this tells of more parameters at "
                 "equal tokens, not of more data.")  # fmt: skip
     each = ", ".join(f"{size} on {count:,}" for size, count in tokens.items())
-    return f"The sizes trained on different numbers of tokens ({each}), so b mixes parameters with data."
+    return f"The sizes trained on different numbers of tokens ({each}), so this mixes parameters with data."
 
 
 def draw_laws(folder, file, title, xlabel, curves, x_of, ticks=None):
@@ -401,14 +407,15 @@ def selection_parts(study, sizes, folder, own):
     draw_laws(folder, files[1], title, "training FLOPs", curves, training_flops)
     parts.append(f"![{title}]({files[1]})")
     text, more = laws_table(curves)
-    parts += [text, " ".join([*more, tokens_line(sizes)]), *order_parts(sizes)]
+    parts += [text] if text else []
+    parts += [" ".join([*more, tokens_line(sizes)]), *order_parts(sizes)]
     return parts + lines, files
 
 
 def scaling_parts(runs, folder):
     """(parts of the report, names of the pictures that it wrote into a folder) on one study's sizes.
 
-    No parts if there are fewer than three sizes. The parts are Markdown or page.Folded. folder: a Path.
+    No parts if there are fewer than two sizes. The parts are Markdown or page.Folded. folder: a Path.
     """
     draw_into_files()
     at_one = {}
@@ -424,14 +431,15 @@ def scaling_parts(runs, folder):
     study = runs[0].study["name"]
     parts = []
     files = []
-    if len(at_one) >= LEAST_SIZES:
+    if len(at_one) >= LEAST_DRAWN:
         parts, files = selection_parts(study, at_one, folder, own=False)
     own = any(group.rate != 1 for selected in chosen.values() for group in selected.values())
-    if own and len(chosen) >= LEAST_SIZES:
+    if own and len(chosen) >= LEAST_DRAWN:
         more, new = selection_parts(study, chosen, folder, own=True)
         parts += ["### The sizes, each entry at its own best rate", *more]
         files += new
     if not parts:
         return [], []
-    return [f"## Study {study}: how the loss falls with size", *parts,
-            Folded("How to read the sizes", [HOW_TO_READ])], files  # fmt: skip
+    if len(chosen) >= LEAST_SIZES:
+        parts.append(Folded("How to read the sizes", [HOW_TO_READ]))
+    return [f"## Study {study}: how the loss falls with size", *parts], files
