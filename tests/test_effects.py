@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import effects, verdicts
+from tools import effects, pictures, verdicts
 from tools.page import Folded, as_html
-from tools.runs import Run
+from tools.runs import Run, pool_runs
 
 
 def make_run(entry="gpt2-rope", loss=3.0, seed=1, base="gpt2", rate=1.0, study="ablations", size="0.8M",
@@ -383,3 +383,21 @@ def test_runs_that_diverged_are_named(tmp_path):
     assert suspects.count("- ablations") == 3
     calm = effects.study_parts(make_entry("gpt2", BASE, base=None), tmp_path)[0]
     assert "Look at these runs" not in plain(calm)
+
+
+def test_a_training_curve_is_the_mean_over_seeds_and_neighbours(tmp_path):
+    """Of a log as of a collection, which has every fiftieth step; a short run has none."""
+    every = {step: 5 - step / 1000 + (step % 50 != 0) for step in range(2000)}  # other steps are another curve
+    kept = {step: loss for step, loss in every.items() if step % 50 == 0}
+    runs = [make_run("gpt2", 3.0, 1, steps=2000, train=every), make_run("gpt2", 3.0, 2, steps=2000, train=kept)]
+    runs[1].train[400]["loss"] += 1.0
+    (pool,) = pool_runs(runs)
+    curve = pictures.training_curve(pool)
+    assert [step for step, _, _ in curve] == list(range(100, 1900, 50))
+    for step, loss, _ in curve:
+        assert loss == pytest.approx(5 - step / 1000 + 0.1 * (abs(step - 400) <= 100))
+    shown = dict(pictures.draw(tmp_path, [pool], []))
+    assert "training.png" in shown and is_drawn(tmp_path / "training.png", pictures.style(0)[0])
+    (short,) = pool_runs([make_run("gpt2", 3.0, 1, steps=1000)])
+    assert pictures.training_curve(short) == []
+    assert "training.png" not in dict(pictures.draw(tmp_path, [pool, short], []))

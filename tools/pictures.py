@@ -6,6 +6,9 @@ study its effects with their intervals and its losses against size.
 import numpy as np
 
 from tools import verdicts
+from tools.collection import EVERY
+
+LEAST_POINTS = 30  # of a training curve
 
 # Okabe and Ito's colours, told apart by the colour-blind; with the dashes also in black and white
 STYLES = [
@@ -333,6 +336,26 @@ def accuracy_curve(pool, key):
     return curve
 
 
+def training_curve(pool):
+    """[(step, training loss, 0)] of a pool, the mean over seeds and over five of the steps that are kept.
+
+    Empty where too few are: it is there to show a shape that few validations hide. Of a run in its folder
+    the same steps are taken as of one in a collection.
+    """
+
+    def by_step(run):
+        return {step: event["loss"] for step, event in run.train.items() if step % EVERY == 0}
+
+    points = pool.curve(by_step)
+    if len(points) < LEAST_POINTS:
+        return []
+    curve = []
+    for place in range(2, len(points) - 2):
+        near = [loss for _, loss in points[place - 2 : place + 3]]
+        curve.append((points[place][0], sum(near) / len(near), 0.0))
+    return curve
+
+
 def load_curve(pool):
     """[(step, load of the busiest expert over the mean, 0)], empty for a model without experts."""
 
@@ -372,6 +395,16 @@ def draw(folder, pools, keys, prefix=""):
     if all(step in clocks[name] for name, points in losses.items() for step, *_ in points):
         title = "Validation loss against time spent training"
         add_losses("loss_time", title, "minutes", lambda pool, step: clocks[pool.name][step])
+
+    training = {}
+    for pool in pools:
+        points = training_curve(pool)
+        training[pool.name] = [(million_tokens(pool, step), loss, half) for step, loss, half in points]
+    if all(training.values()):
+        title = "Training loss against tokens, smoothed"
+        ylabel = "training loss, nats per token"
+        add("training", title, draw_curves, "million tokens", ylabel, training, inset=True,
+            unfinished=unfinished)  # fmt: skip
 
     for key in keys:
         task, convention = key
