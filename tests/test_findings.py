@@ -1,4 +1,5 @@
 """The README's answers: numbers out of made-up runs, and words that these contradict."""
+import json
 import statistics
 
 import pytest
@@ -160,6 +161,36 @@ def test_no_loss_is_read_off_far_from_what_was_run(monkeypatch):
     assert made["llama"][-1] == "–" and made["llama"][-2] != "–"
     alone = {"architectures": budgets("mta", 0.1)["architectures"]}  # with no run of fewer tokens
     assert rows(ranked(monkeypatch, budgets("gpt2", 0.2), alone))["mta"][-2:] == ["–", "–"]
+
+
+def write_tables(tmp_path, monkeypatch, **options):
+    """results/ngram.json about the made-up runs, but for these options."""
+    monkeypatch.setattr(findings, "TABLES", tmp_path / "ngram.json")
+    options = {"steps": 800, "batch_tokens": 2048, "block_size": 256, "val_tokens": 4096} | options
+    kept = {"data": "f", "options": options, "losses": [3.0, 2.5, 1.95]}
+    (tmp_path / "ngram.json").write_text(json.dumps(kept))
+
+
+def test_tables_stand_between_the_architectures(monkeypatch, tmp_path):
+    write_tables(tmp_path, monkeypatch)
+    entries = budgets("gpt2", 0.2), budgets("rwkv", 0.1, at_end=1.9)
+    made = rows(ranked(monkeypatch, *entries))
+    assert list(made)[2:] == ["rwkv", "*a table of 3 bytes*", "gpt2", "*a table of 2 bytes*"]
+    assert made["*a table of 3 bytes*"] == ["1.950", "–", "–", "–", "–"]
+    for other in ({"steps": 400}, {"block_size": 128}, {"val_tokens": 2048}):  # on what these runs didn't see
+        write_tables(tmp_path, monkeypatch, **other)
+        assert "table" not in ranked(monkeypatch, *entries)
+    (tmp_path / "ngram.json").write_text("{")
+    with pytest.raises(SystemExit, match="ngram.json can't be read: "):
+        ranked(monkeypatch, *entries)
+
+
+def test_a_table_in_an_answer(made_up, monkeypatch, tmp_path):
+    write_tables(tmp_path, monkeypatch, steps=200)
+    assert "** 2.500 (three seeds" in made_up("{table of 2}", pair())
+    for answer in ("{table of 4}", "{table of two}", "{table of }"):
+        with pytest.raises(SystemExit, match="ngram.json has no such table on what results/x at 0.8M saw"):
+            made_up(answer, pair())
 
 
 def test_the_ranking_goes_by_the_largest_size_that_all_have(monkeypatch):

@@ -16,12 +16,15 @@ is a place in them, and is filled in from the collection that the answer names:
                             at the end, as in {llama - gpt2, in % at 0.8M}
     {gemma x4 - gemma}      at another learning rate; without one the shared
                             rate, or with own_rate = true each one's best
+    {table of 6}            the loss of a table of six tokens, the one to guess
+                            among them, by results/ngram.json
 
 Words can't contradict the runs: each difference that is told must be under
 verdicts with what the words make of it, "better", "worse" or "not
 distinguishable". If the runs say otherwise, there are no answers but a line.
 """
 import argparse
+import json
 import math
 import re
 import statistics
@@ -39,6 +42,7 @@ FILE = ROOT / "results/findings.toml"
 RANKED = "results/architectures"  # the study of the ranking
 SHORTER = "results/rates"  # the same architectures with fewer tokens
 REFERENCE = "gpt2"
+TABLES = "results/ngram.json"  # by tools.ngram
 FARTHEST = 1.5  # times the tokens of a budget that a loss may be read off beyond it
 PLACE = re.compile(r"\{([^{}]*)\}")
 RATE = re.compile(r" x([0-9.]+)$")
@@ -91,6 +95,9 @@ class Evidence:
         else:
             self.selected = {entry: group for (entry, rate), group in self.groups.items() if rate == 1}
         self.against, _ = effects.compare_selected(self.selected)
+
+    def any_run(self):
+        return next(iter(self.groups.values())).first
 
     def group(self, name):
         """The effects.Group of an entry as a place names it: gemma, or gemma x4."""
@@ -152,6 +159,19 @@ def losses_with(times, group, shorter):
     return losses
 
 
+def tables(run):
+    """{tokens: the loss of a table of so many}, by tools.ngram; none if that was on other data than a run."""
+    try:
+        kept = json.loads((ROOT / TABLES).read_text(encoding="utf-8"))
+        options = kept["options"]
+        same = kept["data"] == run.facts["data"]["fingerprint"]
+        same &= options["steps"] == run.config["max_steps"]
+        same &= all(options[name] == run.config[name] for name in ("batch_tokens", "block_size", "val_tokens"))
+        return dict(enumerate(kept["losses"], 1)) if same else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fineweb.fail(f"{TABLES} can't be read: {getattr(error, 'strerror', None) or error}")
+
+
 def cost_cells(group, reference, shorter):
     """Cells: FLOPs per token, tokens/s, and the losses at the reference's FLOPs and time."""
     flops = group.first.facts["flops_per_token"] / reference.first.facts["flops_per_token"]
@@ -168,7 +188,8 @@ def cost_cells(group, reference, shorter):
 def ranking():
     """The architectures' losses at each size of the study, and what they cost, the best first.
 
-    The order is that of the largest size at which all have been run.
+    The order is that of the largest size at which all have been run. Between them stand tables of n-grams,
+    which saw the same tokens.
     """
     sizes = list(effects.by_size(studied(RANKED)))
     at = {size: Evidence(RANKED, size) for size in sizes}
@@ -183,18 +204,23 @@ def ranking():
             head.append("at its own rate")
     head += ["FLOPs per token", "tokens/s", f"loss at {REFERENCE}'s FLOPs", f"loss at {REFERENCE}'s time"]
     rows = []
-    for entry in sorted(at[last].selected, key=lambda entry: at[last].selected[entry].mean()):
+    for entry, best in at[last].selected.items():
         row = [entry]
         for size in sizes:
             row.append(mean_loss(at[size].selected[entry]) if entry in at[size].selected else "–")
             if own[size].selected != at[size].selected:
-                best = own[size].selected.get(entry)
-                row.append("–" if best is None else f"{mean_loss(best)} at x{best.rate:g}")
+                mine = own[size].selected.get(entry)
+                row.append("–" if mine is None else f"{mean_loss(mine)} at x{mine.rate:g}")
         first = at[sizes[0]].selected
         fewer = shorter.selected.get(entry) if shorter else None
         row += cost_cells(first[entry], first[REFERENCE], fewer) if entry in first else ["–"] * 4
-        rows.append(row)
-    return table(head, rows, ["---"] + ["--:"] * (len(head) - 1))
+        rows.append((best.mean(), row))
+    for tokens, loss in tables(at[last].selected[REFERENCE].first).items():
+        if tokens > 1:
+            row = [f"*a table of {tokens} bytes*"] + ["–"] * (len(head) - 1)
+            row[head.index(f"loss at {last}")] = f"{loss:.3f}"
+            rows.append((loss, row))
+    return table(head, [row for _, row in sorted(rows)], ["---"] + ["--:"] * (len(head) - 1))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -234,6 +260,12 @@ def fill(finding, place, evidence):
     here = evidence.get(size or finding.sizes[0])
     if here is None:
         fineweb.fail(f"{FILE.name}: {{{place}}}: this answer has no size {size}")
+    if inside.startswith("table of "):
+        found = tables(here.any_run())
+        tokens = inside.removeprefix("table of ")
+        if not tokens.isdigit() or int(tokens) not in found:
+            fineweb.fail(f"{FILE.name}: {{{place}}}: {TABLES} has no such table on what {here.where} saw")
+        return f"{found[int(tokens)]:.3f}"
     inside, _, what = inside.partition(", ")
     if " / " in inside:
         return ratio(*map(here.group, inside.split(" / ")), what)
