@@ -193,6 +193,21 @@ def test_a_table_in_an_answer(made_up, monkeypatch, tmp_path):
             made_up(answer, pair())
 
 
+def test_what_is_lost_with_less_context(made_up, monkeypatch, tmp_path):
+    monkeypatch.setattr(findings, "CONTEXTS", tmp_path / "context.json")
+    kept = []
+    # the last is of other runs
+    for name, lost in (("gpt2-1", 0.02), ("gpt2-rope-2", 0.0304), ("llama-1", 0.9)):
+        lengths = {"lengths": [2, 4, 8], "lost": [[0.5, 0.1], [lost, 0.1], [0.0, 0.0]]}
+        kept.append({"run": f"ablations-0.8M-{name}"} | lengths)
+    (tmp_path / "context.json").write_text(json.dumps(kept))
+    assert "** 0.020 to 0.030 (three" in made_up("{lost with 4}", pair())
+    with pytest.raises(SystemExit, match="context.json can't be read, or has no length 16"):
+        made_up("{lost with 16}", pair())
+    with pytest.raises(SystemExit, match="context.json has no run of results/x at 0.8M"):
+        made_up("{lost with 4}", make_entry("gemma", GPT2, base=None))
+
+
 def test_the_ranking_goes_by_the_largest_size_that_all_have(monkeypatch):
     more = make_entry("gpt2", [1.5, 1.5, 1.6], base=None, study="architectures", size="0.8M")
     own = make_entry("rwkv", [1.8, 1.8, 1.9], study="architectures", size="0.25M", rate=2.0, steps=800)

@@ -18,6 +18,8 @@ is a place in them, and is filled in from the collection that the answer names:
                             rate, or with own_rate = true each one's best
     {table of 6}            the loss of a table of six tokens, the one to guess
                             among them, by results/ngram.json
+    {lost with 16}          the least and the most that the runs in
+                            results/context.json lose with 16 tokens of context
 
 Words can't contradict the runs: each difference that is told must be under
 verdicts with what the words make of it, "better", "worse" or "not
@@ -43,6 +45,7 @@ RANKED = "results/architectures"  # the study of the ranking
 SHORTER = "results/rates"  # the same architectures with fewer tokens
 REFERENCE = "gpt2"
 TABLES = "results/ngram.json"  # by tools.ngram
+CONTEXTS = "results/context.json"  # by tools.context
 FARTHEST = 1.5  # times the tokens of a budget that a loss may be read off beyond it
 PLACE = re.compile(r"\{([^{}]*)\}")
 RATE = re.compile(r" x([0-9.]+)$")
@@ -166,7 +169,8 @@ def tables(run):
         options = kept["options"]
         same = kept["data"] == run.facts["data"]["fingerprint"]
         same &= options["steps"] == run.config["max_steps"]
-        same &= all(options[name] == run.config[name] for name in ("batch_tokens", "block_size", "val_tokens"))
+        for name in ("batch_tokens", "block_size", "val_tokens"):
+            same &= options[name] == run.config[name]
         return dict(enumerate(kept["losses"], 1)) if same else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         fineweb.fail(f"{TABLES} can't be read: {getattr(error, 'strerror', None) or error}")
@@ -254,6 +258,22 @@ def pace(group):
     return statistics.median(rates)
 
 
+def lost_with(most, here):
+    """The least and the most that runs of the evidence lose with less text, as tools.context found."""
+    try:
+        kept = json.loads((ROOT / CONTEXTS).read_text(encoding="utf-8"))
+        names = {run.folder.name for group in here.groups.values() for run in group.runs.values()}
+        lost = []
+        for run in kept:
+            if run["run"] in names:
+                lost.append(run["lost"][run["lengths"].index(int(most))][0])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fineweb.fail(f"{CONTEXTS} can't be read, or has no length {most}: {error}")
+    if not lost:
+        fineweb.fail(f"{CONTEXTS} has no run of {here.where}")
+    return f"{min(lost):.3f} to {max(lost):.3f}"
+
+
 def fill(finding, place, evidence):
     """The text for one place. evidence: {size: Evidence}. Raises SystemExit for a place that says nothing."""
     inside, _, size = place.partition(" at ")
@@ -266,6 +286,8 @@ def fill(finding, place, evidence):
         if not tokens.isdigit() or int(tokens) not in found:
             fineweb.fail(f"{FILE.name}: {{{place}}}: {TABLES} has no such table on what {here.where} saw")
         return f"{found[int(tokens)]:.3f}"
+    if inside.startswith("lost with "):
+        return lost_with(inside.removeprefix("lost with "), here)
     inside, _, what = inside.partition(", ")
     if " / " in inside:
         return ratio(*map(here.group, inside.split(" / ")), what)
