@@ -167,7 +167,7 @@ def write_tables(tmp_path, monkeypatch, **options):
     """results/ngram.json about the made-up runs, but for these options."""
     monkeypatch.setattr(findings, "TABLES", tmp_path / "ngram.json")
     options = {"steps": 800, "batch_tokens": 2048, "block_size": 256, "val_tokens": 4096} | options
-    kept = {"data": "f", "options": options, "losses": [3.0, 2.5, 1.95]}
+    kept = {"data": "f", "options": options, "losses": [3.0, 2.5, 1.95], "entries": [9, 1200, 3_400_000]}
     (tmp_path / "ngram.json").write_text(json.dumps(kept))
 
 
@@ -175,8 +175,9 @@ def test_tables_stand_between_the_architectures(monkeypatch, tmp_path):
     write_tables(tmp_path, monkeypatch)
     entries = budgets("gpt2", 0.2), budgets("rwkv", 0.1, at_end=1.9)
     made = rows(ranked(monkeypatch, *entries))
-    assert list(made)[2:] == ["rwkv", "*a table of 3 bytes*", "gpt2", "*a table of 2 bytes*"]
-    assert made["*a table of 3 bytes*"] == ["1.950", "–", "–", "–", "–"]
+    two, three = "*a table of 2 bytes, 1.2k entries*", "*a table of 3 bytes, 3.4M entries*"
+    assert list(made)[2:] == ["rwkv", three, "gpt2", two]
+    assert made[three] == ["1.950", "–", "–", "–", "–"]
     for other in ({"steps": 400}, {"block_size": 128}, {"val_tokens": 2048}):  # on what these runs didn't see
         write_tables(tmp_path, monkeypatch, **other)
         assert "table" not in ranked(monkeypatch, *entries)
@@ -187,7 +188,7 @@ def test_tables_stand_between_the_architectures(monkeypatch, tmp_path):
 
 def test_a_table_in_an_answer(made_up, monkeypatch, tmp_path):
     write_tables(tmp_path, monkeypatch, steps=200)
-    assert "** 2.500 (three seeds" in made_up("{table of 2}", pair())
+    assert "** 2.500, 1.2k (three seeds" in made_up("{table of 2}, {table of 2, entries}", pair())
     for answer in ("{table of 4}", "{table of two}", "{table of }"):
         with pytest.raises(SystemExit, match="ngram.json has no such table on what results/x at 0.8M saw"):
             made_up(answer, pair())

@@ -33,7 +33,10 @@ def plain(train, val, vocab_size, largest):
             for at in range(1, len(row)):
                 total -= math.log(chance(tuple(row[max(0, at - n + 1) : at]), row[at]))
         found.append(total / (len(val) * (val.shape[1] - 1)))
-    return found
+    sizes = []
+    for n in range(1, largest + 1):
+        sizes.append(sum(len(after) for history, after in following.items() if len(history) < n))
+    return found, sizes
 
 
 @pytest.mark.parametrize("largest", [1, 2, 5])
@@ -42,7 +45,9 @@ def test_the_losses_are_those_of_a_plain_count(largest):
     # few tokens and a skewed choice of them: histories that were seen often, rarely and never
     train, val = (np.minimum(rng.geometric(0.4, size=(rows, 9)), 7) for rows in (30, 10))
     val[0, 3] = 7  # the rarest
-    assert ngram.losses(train, val, 9, largest) == pytest.approx(plain(train, val, 9, largest), rel=1e-12)
+    found, entries = ngram.losses(train, val, 9, largest)
+    wanted, sizes = plain(train, val, 9, largest)
+    assert found == pytest.approx(wanted, rel=1e-12) and entries == sizes
 
 
 def test_chances_add_up_to_one():
@@ -52,8 +57,8 @@ def test_chances_add_up_to_one():
     rows = np.array([[*history, token] for token in range(6)])  # one token is never seen
     for n in range(2, 6):
         # what a row costs in all; all its tokens but the last are the same in all rows
-        costs = [(n - 1) * ngram.losses(train, row[None, -n:], 6, n)[-1] for row in rows]
-        before = (n - 2) * ngram.losses(train, rows[:1, -n:-1], 6, n)[-1] if n > 2 else 0.0
+        costs = [(n - 1) * ngram.losses(train, row[None, -n:], 6, n)[0][-1] for row in rows]
+        before = (n - 2) * ngram.losses(train, rows[:1, -n:-1], 6, n)[0][-1] if n > 2 else 0.0
         assert sum(math.exp(before - cost) for cost in costs) == pytest.approx(1)
 
 
@@ -63,7 +68,7 @@ def test_what_needs_two_tokens_is_learnt_with_three():
     rows = rng.integers(0, 7, size=(4000, 10))
     for at in range(2, 10):
         rows[:, at] = (rows[:, at - 1] + rows[:, at - 2]) % 7
-    one, two, three = ngram.losses(rows[:3000], rows[3000:], 7, 3)
+    (one, two, three), _ = ngram.losses(rows[:3000], rows[3000:], 7, 3)
     assert one == pytest.approx(math.log(7), abs=0.01) and two == pytest.approx(math.log(7), abs=0.01)
     assert three < 0.15 * math.log(7) + 1 / 9 * math.log(7)  # the first of a row's nine can't be known
 
@@ -76,6 +81,7 @@ def test_the_command(run, small_sample):
     kept = json.loads(Path("out/ngram.json").read_text())
     assert [line.split("|")[2].strip() for line in lines[2:]] == [f"{loss:.4f}" for loss in kept["losses"]]
     assert kept["losses"] == sorted(kept["losses"], reverse=True) and len(kept["losses"]) == 4
+    assert [line.split("|")[3].strip() for line in lines[2:]] == [f"{size:,}" for size in kept["entries"]]
     assert kept["options"]["steps"] == 40 and kept["data"]
     more = run(ngram, *options[:2], "--steps", 160, *options[4:], "--largest", 4)[1]
     assert float(more.splitlines()[-1].split("|")[2]) < kept["losses"][-1]  # more text, a lower loss

@@ -17,7 +17,8 @@ is a place in them, and is filled in from the collection that the answer names:
     {gemma x4 - gemma}      at another learning rate; without one the shared
                             rate, or with own_rate = true each one's best
     {table of 6}            the loss of a table of six tokens, the one to guess
-                            among them, by results/ngram.json
+                            among them, by results/ngram.json; {table of 6,
+                            entries} is how many there are in it
     {lost with 16}          the least and the most that the runs in
                             results/context.json lose with 16 tokens of context
 
@@ -163,7 +164,7 @@ def losses_with(times, group, shorter):
 
 
 def tables(run):
-    """{tokens: the loss of a table of so many}, by tools.ngram; none if that was on other data than a run."""
+    """{tokens: (the loss of a table of so many, its entries)}; none if it is of other data than a run's."""
     try:
         kept = json.loads((ROOT / TABLES).read_text(encoding="utf-8"))
         options = kept["options"]
@@ -171,7 +172,7 @@ def tables(run):
         same &= options["steps"] == run.config["max_steps"]
         for name in ("batch_tokens", "block_size", "val_tokens"):
             same &= options[name] == run.config[name]
-        return dict(enumerate(kept["losses"], 1)) if same else {}
+        return dict(enumerate(zip(kept["losses"], kept["entries"], strict=True), 1)) if same else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         fineweb.fail(f"{TABLES} can't be read: {getattr(error, 'strerror', None) or error}")
 
@@ -219,9 +220,10 @@ def ranking():
         fewer = shorter.selected.get(entry) if shorter else None
         row += cost_cells(first[entry], first[REFERENCE], fewer) if entry in first else ["–"] * 4
         rows.append((best.mean(), row))
-    for tokens, loss in tables(at[last].selected[REFERENCE].first).items():
+    for tokens, (loss, entries) in tables(at[last].selected[REFERENCE].first).items():
         if tokens > 1:
-            row = [f"*a table of {tokens} bytes*"] + ["–"] * (len(head) - 1)
+            name = f"*a table of {tokens} bytes, {fineweb.short(entries)} entries*"
+            row = [name] + ["–"] * (len(head) - 1)
             row[head.index(f"loss at {last}")] = f"{loss:.3f}"
             rows.append((loss, row))
     return table(head, [row for _, row in sorted(rows)], ["---"] + ["--:"] * (len(head) - 1))
@@ -282,10 +284,11 @@ def fill(finding, place, evidence):
         fineweb.fail(f"{FILE.name}: {{{place}}}: this answer has no size {size}")
     if inside.startswith("table of "):
         found = tables(here.any_run())
-        tokens = inside.removeprefix("table of ")
+        tokens, _, what = inside.removeprefix("table of ").partition(", ")
         if not tokens.isdigit() or int(tokens) not in found:
             fineweb.fail(f"{FILE.name}: {{{place}}}: {TABLES} has no such table on what {here.where} saw")
-        return f"{found[int(tokens)]:.3f}"
+        loss, entries = found[int(tokens)]
+        return fineweb.short(entries) if what == "entries" else f"{loss:.3f}"
     if inside.startswith("lost with "):
         return lost_with(inside.removeprefix("lost with "), here)
     inside, _, what = inside.partition(", ")

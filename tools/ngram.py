@@ -8,7 +8,8 @@ What a table gets: the loss of n-grams on what a run was trained and validated o
 A model is worth its name only where it beats a table of which token follows the
 last one, two, three … tokens. This counts them in the very batches that a run of
 --steps sees, and scores them on its validation windows, so the losses can be
-compared with those of tools.study at 0.25M, whose budget is the default.
+compared with those of tools.study at 0.25M, whose budget is the default. The
+entries are the different n-grams that the table has to keep.
 
 Interpolated by Witten and Bell's rule (Bell, Cleary and Witten, Text
 Compression, 1990, method C): the more different tokens a history was followed
@@ -48,12 +49,14 @@ def find(sorted_keys, keys):
 
 
 def losses(train, val, vocab_size, largest):
-    """[nats per token of n-grams up to 1, 2, … largest tokens long] on all tokens of val but a row's first.
+    """What n-grams up to 1, 2, … largest tokens long get on all tokens of val but a row's first.
 
+    Returns [nats per token] and [how many different n-grams there are to count, up to that length].
     train, val: (rows, T + 1) int64, as fineweb.Windows has them; nothing is counted across rows.
     """
     chance = np.full((len(val), val.shape[1] - 1), 1 / vocab_size)  # of each token but the first
     found = []
+    entries = []
     for n in range(1, largest + 1):
         keys, counts = np.unique(n_grams(train, n, vocab_size), return_counts=True)
         histories, first = np.unique(keys // vocab_size, return_index=True)
@@ -68,7 +71,8 @@ def losses(train, val, vocab_size, largest):
         better = (count + kinds[history] * target) / (totals[history] + kinds[history])
         target[:] = np.where(seen, better, target)
         found.append(float(-np.log(chance).mean()))
-    return found
+        entries.append(len(keys) + (entries[-1] if entries else 0))
+    return found, entries
 
 
 def read_rows(windows, ids):
@@ -115,12 +119,14 @@ def main():
     loader = fineweb.Loader(windows, args.batch_tokens // args.block_size, args.seed, max_steps=args.steps)
     ids = np.concatenate([loader.ids(step) for step in range(args.steps)])
     train_rows = read_rows(windows, ids)
-    found = losses(train_rows, read_rows(val, np.arange(len(val))), vocab_size, args.largest)
-    rows = [[str(n), f"{loss:.4f}"] for n, loss in enumerate(found, 1)]
-    print(table(["tokens, with the one to guess", "validation loss"], rows, ["--:", "--:"]), end="")
+    found, entries = losses(train_rows, read_rows(val, np.arange(len(val))), vocab_size, args.largest)
+    rows = []
+    for n, (loss, size) in enumerate(zip(found, entries, strict=True), 1):
+        rows.append([str(n), f"{loss:.4f}", f"{size:,}"])
+    print(table(["tokens, with the one to guess", "validation loss", "entries"], rows, ["--:"] * 3), end="")
     if args.json:
         options = {name: value for name, value in vars(args).items() if name not in ("json", "data_dir")}
-        result = {"data": data["fingerprint"], "options": options, "losses": found}
+        result = {"data": data["fingerprint"], "options": options, "losses": found, "entries": entries}
         text = json.dumps(result, indent=1) + "\n"
         fineweb.make_folder(args.json.parent)
         fineweb.write_atomic(args.json, lambda file: file.write(text.encode()))
