@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import fineweb
-from tools import collection, compare, runs as reading, sync, table, verdicts
+from tools import collection, compare, findings, runs as reading, sync, table, verdicts
 from tools.models import count_parameters
 
 SCRIPT = importlib.import_module("train_gpt2")
@@ -1073,23 +1073,18 @@ def test_a_script_of_ones_own_is_not_in_the_readmes_table_and_that_is_said(tmp_p
     assert deepseek[-1] == first_line  # for lack of words on it
 
 
-def test_the_demonstrations_table(tmp_path, monkeypatch):
+def test_the_parameters_and_the_name_of_a_run(tmp_path):
+    (deepseek,) = compare.pool_runs([run for run in collection.read(DEMO) if run.architecture == "deepseek"])
+    assert compare.parameter_cells(deepseek.first)[:4] == ["927,072", "703,104", "558,432", "32,896"]
     config = {**vars(RWKV.Config()), **RWKV.RECIPE, "max_steps": 20}
-    demo = tmp_path / "results/demo"
-    collection.add(demo, [run for run in collection.read(DEMO) if run.architecture == "deepseek"])
-    monkeypatch.setattr(table, "ROOT", tmp_path)
-    (deepseek,) = [row for row in rows(table.demonstration()).values() if row[0] == "deepseek"]
-    assert deepseek[2:] == ["927,072", "703,104", "558,432", "32,896"]
-    shutil.rmtree(demo)
-    for seed in (1, 2):
-        folder = write_run(tmp_path / f"log/rwkv-{seed}", script="train_rwkv", own={**config, "seed": seed})
-        collection.add(demo, [reading.read_run(folder)])
-    (rwkv,) = [row for row in rows(table.demonstration()).values() if row[0].startswith("rwkv")]
-    assert rwkv[0].startswith("rwkv (its paper's ") and "beta2 0.99" in rwkv[0]
-    assert rwkv[2:] == ["1,000", "–", "–", "–"]  # no such model
+    folder = write_run(tmp_path / "rwkv", script="train_rwkv", own=config)
+    (rwkv,) = compare.pool_runs([reading.read_run(folder)])
+    name = compare.name_cell(rwkv)
+    assert name.startswith("rwkv (its paper's ") and "beta2 0.99" in name
+    assert compare.parameter_cells(rwkv.first)[:4] == ["1,000", "–", "–", "–"]  # no such model
 
 
-@pytest.mark.parametrize("program", [compare, table])
+@pytest.mark.parametrize("program", [compare, findings, table])
 def test_help_fits_a_terminal(program, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", [program.__name__, "--help"])

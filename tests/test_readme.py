@@ -110,7 +110,10 @@ def relative_links(path):
     return [path.parent / target for target in targets if "://" not in target]
 
 
-@pytest.mark.parametrize("name", ["README.md", "results/README.md", "results/demo/report/leaderboard.md"])
+REPORTS = [f"results/{study}/report/leaderboard.md" for study in ("architectures", "demo")]
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md", *REPORTS])
 def test_links_and_pictures_are_there(name):
     links = relative_links(ROOT / name)
     assert links or name == "results/README.md"

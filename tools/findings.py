@@ -113,28 +113,27 @@ class Evidence:
         return group
 
     def compare(self, ours, theirs):
-        """(the verdicts.Estimate of two Groups' difference, how many seeds both have, the verdict).
+        """(the verdicts.Estimate of two Groups' difference, the verdict on it).
 
         The verdict has the correction of what the report compares the two in: the entries with one base,
         the learning rates of one entry, or, where neither is the other's base, all pairs of the size.
         """
         for effect in self.against.get(theirs.entry, []):
             if effect.group is ours and effect.base is theirs:
-                return effect.loss, len(effect.seeds), effect.verdict
-        loss, seeds = effects.paired_loss(ours.losses(), theirs.losses())
+                return effect.loss, effect.verdict
+        loss, _ = effects.paired_loss(ours.losses(), theirs.losses())
         if ours.entry == theirs.entry:
             if theirs.rate != 1:
                 fineweb.fail(f"{self.where}: {ours.name} is compared with rate 1 only")
             _, _, p = effects.against_rate_one(self.entries)[0][ours.entry, ours.rate]
-            verdict = verdicts.ONE_SEED if p is None else effects.told(loss, p)
-            return loss, len(seeds), verdict
+            return loss, verdicts.ONE_SEED if p is None else effects.told(loss, p)
         effect = effects.compare_with(theirs, [ours])[0]
         if effect.unequal or loss.p is None:
-            return loss, len(seeds), effect.verdict
+            return loss, effect.verdict
         pairs, _ = scaling.told_apart(self.selected | {ours.entry: ours, theirs.entry: theirs})
         told = (ours.entry, theirs.entry) in pairs or (theirs.entry, ours.entry) in pairs
         lower = verdicts.BETTER if loss.difference < 0 else verdicts.WORSE
-        return loss, len(seeds), lower if told else verdicts.UNTOLD
+        return loss, lower if told else verdicts.UNTOLD
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -297,7 +296,7 @@ def fill(finding, place, evidence):
     if " - " not in inside:
         return mean_loss(here.group(inside))
     ours, theirs = map(here.group, inside.split(" - "))
-    loss, _, verdict = here.compare(ours, theirs)
+    loss, verdict = here.compare(ours, theirs)
     key = f"{inside} at {size}" if size else inside
     if finding.verdicts.get(key) != verdict:
         said = finding.verdicts.get(key, "nothing")

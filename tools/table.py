@@ -2,15 +2,15 @@
 The README's tables, made from the scripts and from the evidence in results/.
 
     python -m tools.table                   # print them
-    python -m tools.table architectures     # one of them: architectures,
-                                            # speed, demonstration or data
+    python -m tools.table architectures     # one of them: ranking, findings,
+                                            # architectures, speed or data
     python -m tools.table --write           # put them into README.md, between
                                             # their marks
 
-speed and data are made from results/bench-cpu/*.json, which tools.bench and
-tools.bench_data wrote, and demonstration by tools.compare from the runs in
-results/demo. The lines unlike train_gpt2.py are those that diff marks with <
-or >. A script of your own gets no row; a line says so.
+ranking and findings are made by tools.findings from the studies in results/,
+speed and data from results/bench-cpu/*.json, which tools.bench and
+tools.bench_data wrote. The lines unlike train_gpt2.py are those that diff
+marks with < or >. A script of your own gets no row; a line says so.
 """
 import argparse
 import importlib
@@ -21,9 +21,8 @@ import subprocess
 import sys
 
 import fineweb
-from tools import bench, collection, compare, page, sync
+from tools import bench, findings, page, sync
 from tools.models import all_parameters, make_model
-from tools.runs import Unreadable
 from tools.sync import ORIGINAL, ROOT, siblings
 
 DIFFERENCE = {  # what a reader of the diff to train_gpt2.py will see, in a sentence
@@ -141,28 +140,6 @@ def speed():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# demonstration
-
-
-def demonstration():
-    """The runs in results/demo in order of loss, as tools.compare ranks them."""
-    try:
-        runs = collection.read(ROOT / "results/demo")
-    except Unreadable as reason:
-        fineweb.fail(str(reason))
-    (pools, _), *others = compare.fair_groups(compare.pool_runs(runs))
-    if others:
-        fineweb.fail("the runs in results/demo can't all be compared: "
-                     "see `python -m tools.compare results/demo`")  # fmt: skip
-    rows = []
-    for rank, pool in enumerate(sorted(pools, key=lambda pool: pool.loss()), start=1):
-        counts = compare.parameter_cells(pool.first)[:4]
-        rows.append([str(rank), compare.name_cell(pool), compare.loss_cell(pool), *counts])
-    head = ["", "architecture", "validation loss", "parameters", "evaluated", "active", "embedding"]
-    return page.table(head, rows, ["--:", "---"] + ["--:"] * 5)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # data
 
 
@@ -182,7 +159,13 @@ def data():
 
 # ----------------------------------------------------------------------------------------------------------
 
-TABLES = {"architectures": architectures, "speed": speed, "demonstration": demonstration, "data": data}
+TABLES = {
+    "ranking": findings.ranking,
+    "findings": findings.findings,
+    "architectures": architectures,
+    "speed": speed,
+    "data": data,
+}
 
 
 def marks(name):
