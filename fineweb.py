@@ -1519,6 +1519,14 @@ def default_text(field, recipe, tiny):
     return text
 
 
+def positive(text):
+    """The type of an option that is a number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
 def parse_strictly(parser):
     """The parsed command line.
 

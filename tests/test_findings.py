@@ -35,16 +35,16 @@ def pair(**options):
 
 
 def test_numbers_are_filled_in(made_up):
-    facts = {"parameters": 720_000, "flops_per_token": 1.76e6}
+    facts = {"parameters": 720_000, "active_parameters": 600_000, "flops_per_token": 1.76e6}
     answer = "{gpt2-rope}, {gpt2-rope - gpt2}, {gpt2-rope - gpt2, in %}, {gpt2-rope / gpt2, flops}, "
-    answer += "{gpt2-rope / gpt2, parameters}, {gpt2-rope / gpt2, tokens/s}"
+    answer += "{gpt2-rope / gpt2, parameters}, {gpt2-rope / gpt2, active}, {gpt2-rope / gpt2, tokens/s}"
     said = made_up(answer, pair(facts=facts, ms=200.0), {"gpt2-rope - gpt2": "better"})
     differences = [ours - theirs for ours, theirs in zip(ROPE, GPT2, strict=True)]
     half = 4.30265 * statistics.stdev(differences) / 3**0.5  # t with two degrees of freedom
     mean = statistics.mean(differences)
     wanted = f"**Is it?** {statistics.mean(ROPE):.3f} ± {verdicts.half_interval(ROPE):.3f}, "
     wanted += f"{mean:+.3f} ± {half:.3f}, "
-    wanted += f"{100 * mean / 3.05:+.1f} ± {100 * half / 3.05:.1f}%, 1.10, 0.90, 0.50 "
+    wanted += f"{100 * mean / 3.05:+.1f} ± {100 * half / 3.05:.1f}%, 1.10, 0.90, 0.75, 0.50 "
     wanted += "(three seeds at 0.8M, 0.4M bytes each: `python -m tools.compare results/x`) "
     assert said == wanted + "*At full size:* who knows.\n"
 
@@ -64,7 +64,7 @@ def test_words_that_the_runs_contradict_are_refused(made_up):
     ("{llama}", "results/x at 0.8M has no run of llama"),
     ("{gpt2 x4}", "results/x at 0.8M has no run of gpt2 x4"),
     ("{gpt2 at 2.7M}", "this answer has no size 2.7M"),
-    ("{gpt2-rope / gpt2, memory}", "no ratio of memory: flops, parameters or tokens/s"),
+    ("{gpt2-rope / gpt2, memory}", "no ratio of memory: flops, parameters, active or tokens/s"),
 ])  # fmt: skip
 def test_a_place_that_says_nothing_is_one_line(made_up, answer, words):
     with pytest.raises(SystemExit) as reason:

@@ -72,7 +72,7 @@ def measure(folder, count, device):
         fineweb.fail(f"{folder}: its context of {T} tokens is no power of two from 4 on")
     rows, fingerprint = read_rows(config, count)
     if len(rows) < 2:
-        fineweb.fail(f"{folder}: {config.data_dir} has one window for validation, an interval needs two")
+        fineweb.fail(f"{folder}: one window for validation gives no interval: --windows, or more text")
     if fingerprint != checkpoint["data"]["fingerprint"]:
         fineweb.fail(f"{folder} was trained on other data than there are now in {config.data_dir}")
     model = script.Model(config)
@@ -109,19 +109,12 @@ def in_a_table(found):
     return table(head, rows, ["---"] + ["--:"] * len(lengths))
 
 
-def positive(text):
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError("must be at least 2")
-    return value
-
-
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     name = "python -m tools.context"
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=as_written)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, as log/gpt2")
-    parser.add_argument("--windows", type=positive, default=512, metavar="N", help="of the validation [512]")
+    parser.add_argument("--windows", type=fineweb.positive, default=512, metavar="N", help="of the validation [512]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it there too")
     args = fineweb.parse_strictly(parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"

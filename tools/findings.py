@@ -11,7 +11,7 @@ is a place in them, and is filled in from the collection that the answer names:
     {llama - gpt2}          the difference of two, paired over seeds
     {llama - gpt2, in %}    the same in percent of the second one's loss
     {llama / gpt2, flops}   the ratio of FLOPs per token; also: parameters,
-                            tokens/s
+                            active (parameters at work on a token), tokens/s
     {llama at 0.8M}         at another size than the answer's first one;
                             at the end, as in {llama - gpt2, in % at 0.8M}
     {gemma x4 - gemma}      at another learning rate; without one the shared
@@ -50,7 +50,7 @@ CONTEXTS = "results/context.json"  # by tools.context
 FARTHEST = 1.5  # times the tokens of a budget that a loss may be read off beyond it
 PLACE = re.compile(r"\{([^{}]*)\}")
 RATE = re.compile(r" x([0-9.]+)$")
-RATIOS = {"flops": "flops_per_token", "parameters": "parameters"}
+RATIOS = {"flops": "flops_per_token", "parameters": "parameters", "active": "active_parameters"}
 SEEDS = ["no seed", "one seed", "two seeds", "three seeds", "four seeds", "five seeds", "six seeds"]
 
 

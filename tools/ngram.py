@@ -1,15 +1,15 @@
 """
-What a table gets: the loss of n-grams on what a run was trained and validated on.
+What a table gets: the loss of n-grams on what a run was trained on.
 
     python -m tools.ngram --data_dir data/bytes
     python -m tools.ngram --data_dir data/bytes --steps 1000
     python -m tools.ngram --data_dir data/bytes --json results/ngram.json
 
-A model is worth its name only where it beats a table of which token follows the
-last one, two, three … tokens. This counts them in the very batches that a run of
---steps sees, and scores them on its validation windows, so the losses can be
-compared with those of tools.study at 0.25M, whose budget is the default. The
-entries are the different n-grams that the table has to keep.
+A model is worth its name only where it beats a table of which token follows
+the last one, two, three … tokens. This counts them in the very batches that a
+run of --steps sees, and scores them on its validation windows, so the losses
+can be compared with those of tools.study at 0.25M, whose budget is the
+default. The entries are the different n-grams that the table has to keep.
 
 Interpolated by Witten and Bell's rule (Bell, Cleary and Witten, Text
 Compression, 1990, method C): the more different tokens a history was followed
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import fineweb
-from fineweb import fail
+from fineweb import fail, positive
 from tools.page import table
 
 ROWS = 4096  # windows that are read at once
@@ -79,13 +79,6 @@ def read_rows(windows, ids):
     """The windows with these numbers, read in parts: (len(ids), T + 1) int64."""
     parts = [windows.rows(ids[at : at + ROWS]) for at in range(0, len(ids), ROWS)]
     return np.concatenate(parts)
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def parse_command_line():

@@ -45,7 +45,7 @@ import torch
 import torch.overrides
 
 import fineweb
-from fineweb import duration, fail, say
+from fineweb import duration, fail, positive, say
 from tools import collection, models, runs, vary
 
 ROOT = Path(__file__).parent.parent
@@ -1053,13 +1053,6 @@ def show_list():
     for name, size in read_sizes().size.items():
         print(textwrap.fill(f"{name}: {size.about}", 79, subsequent_indent="    "))
     print("A variant's name is a study, too: it against its base (python -m tools.vary --list)")
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def parse_command_line():
