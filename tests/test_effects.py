@@ -401,3 +401,25 @@ def test_a_training_curve_is_the_mean_over_seeds_and_neighbours(tmp_path):
     (short,) = pool_runs([make_run("gpt2", 3.0, 1, steps=1000)])
     assert pictures.training_curve(short) == []
     assert "training.png" not in dict(pictures.draw(tmp_path, [pool, short], []))
+
+
+def test_a_far_row_doesnt_squeeze_the_others():
+    from matplotlib.figure import Figure
+
+    near = [("a", 0.01, 0.02, verdicts.UNTOLD), ("b", -0.02, 0.01, verdicts.BETTER)]
+    near.append(("c", 0.0, None, verdicts.ONE_SEED))
+    for rows, beyond, limits in (
+        (near, False, (-0.03, 0.03)),
+        ([("far", 0.8, 0.1, verdicts.WORSE), *near], True, (-0.03, 0.03)),
+        ([("far", -0.8, 0.1, verdicts.BETTER), *near], True, (-0.03, 0.03)),
+        ([("wide", 0.01, 0.8, verdicts.UNTOLD), *near], False, (-0.03, 0.03)),  # its point is near
+        ([("far", 0.8, 0.1, verdicts.WORSE)], False, (0, 0.9)),
+        ([("same", 0.0, None, verdicts.ONE_SEED)], False, (0, 0)),
+    ):
+        axis = Figure().subplots()
+        assert pictures.draw_forest_panel(axis, rows) == beyond
+        low, high = axis.get_xlim()
+        space = 0.08 * (limits[1] - limits[0]) or 1
+        assert (low, high) == pytest.approx((limits[0] - space, limits[1] + space)), rows
+        for container in axis.containers:
+            assert low <= container.lines[0].get_xdata()[0] <= high

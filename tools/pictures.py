@@ -2,6 +2,8 @@
 The pictures of tools.compare: curves of loss, accuracy and expert load, and bars of accuracy; and of a
 study its effects with their intervals and its losses against size.
 """
+import math
+import statistics
 
 import numpy as np
 
@@ -182,31 +184,50 @@ FOREST_STYLES = {
     verdicts.UNTOLD: ("#555555", "D", False),
 }
 NO_VERDICT = ("#555555", "x", True)
+FAR = 5  # times the median row's distance from 0, beyond which a row is an arrow at the edge
+
+
+def forest_end(rows):
+    """How far from 0 draw_forest_panel's axis goes at most: to the end of the farthest interval near it."""
+    reaches = [abs(difference) + (half or 0) for _, difference, half, _ in rows]
+    return max(reach for reach in reaches if reach <= FAR * statistics.median(reaches))
 
 
 def draw_forest_panel(axis, rows):
-    """One base's rows of draw_forest, the first on top."""
+    """One base's rows of draw_forest, the first on top. Returns whether one of them is beyond the axis."""
     axis.axvline(0, color="black", lw=0.8)
+    end = forest_end(rows)
+    sides = [0]
+    beyond = False
     for place, (_, difference, half, verdict) in enumerate(rows):
         colour, marker, filled = FOREST_STYLES.get(verdict, NO_VERDICT)
         text = f"{difference:+.4f}"
         if half is not None:
             text += f" ± {half:.4f}"
+        if abs(difference) > end:
+            beyond = True
+            marker = ">" if difference > 0 else "<"
+            difference, half = math.copysign(end, difference), None
+        sides += [difference - (half or 0), difference + (half or 0)]
         axis.errorbar(difference, place, xerr=half, color=colour, marker=marker, markersize=6,
                       markerfacecolor=colour if filled else "white", capsize=3, lw=1.6)  # fmt: skip
         axis.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), fontsize=9, va="center",
                       color=colour, annotation_clip=False)  # fmt: skip
+    low, high = max(min(sides), -end), min(max(sides), end)
+    space = 0.08 * (high - low) or 1  # 1 if no row differs from its base
+    axis.set_xlim(low - space, high + space)
     axis.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=10)
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.margins(x=0.08)
     axis.tick_params(axis="x", labelsize=9)
     axis.locator_params(axis="x", nbins=5)
     axis.grid(axis="x", alpha=0.25)
+    return beyond
 
 
 def draw_forest(path, title, panels):
     """Writes one PNG of differences with their 95% intervals, a panel with its own scale for each base.
 
+    A row that would squeeze the others together is an arrow at the edge; its numbers stand beside it.
     panels: {base: [(entry, difference, half of the interval's width or None, verdict)]}.
     """
     from matplotlib import pyplot
@@ -218,8 +239,9 @@ def draw_forest(path, title, panels):
         len(panels), figsize=size, squeeze=False, height_ratios=heights, layout="constrained"
     )
     seen = set()
+    beyond = False
     for axis, (base, rows) in zip(axes[:, 0], panels.items(), strict=True):
-        draw_forest_panel(axis, rows)
+        beyond |= draw_forest_panel(axis, rows)
         axis.set_title(f"minus {base}", fontsize=10, loc="left")
         seen |= {row[-1] for row in rows}
     axis.set_xlabel("validation loss minus the base's, nats per token (left is better)", fontsize=9)
@@ -230,6 +252,8 @@ def draw_forest(path, title, panels):
             face = colour if filled else "white"
             handles.append(Line2D([], [], color=colour, marker=marker, markerfacecolor=face, lw=1.6,
                                   label=verdict or "no verdict"))  # fmt: skip
+    if beyond:
+        handles.append(Line2D([], [], color="#555555", marker=">", lw=0, label="beyond the axis"))
     figure.suptitle(title, fontsize=11)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
