@@ -421,5 +421,7 @@ def test_a_far_row_doesnt_squeeze_the_others():
         low, high = axis.get_xlim()
         space = 0.08 * (limits[1] - limits[0]) or 1
         assert (low, high) == pytest.approx((limits[0] - space, limits[1] + space)), rows
-        for container in axis.containers:
-            assert low <= container.lines[0].get_xdata()[0] <= high
+        points = [container.lines[0] for container in axis.containers]
+        assert all(low <= point.get_xdata()[0] <= high for point in points)
+        arrows = [point.get_marker() for point in points if point.get_marker() in "<>"]
+        assert arrows == ([">" if rows[0][1] > 0 else "<"] if beyond else [])
