@@ -18,7 +18,7 @@ from conftest import ROOT
 import fineweb
 import train_gpt2
 import train_llama
-from tools import collection, runs, study, vary
+from tools import collection, plan, progress, runs, study, vary
 
 # ==========================================================================
 # The files that are here
@@ -32,15 +32,15 @@ def asked(**given):
 
 def planned(name, size):
     """{entry: its Job with the first seed at the shared rate}, and the study."""
-    found = study.read_study(name)
-    jobs, problems = study.plan(found, [size], asked(seeds=[1]))
+    found = plan.read_study(name)
+    jobs, problems = plan.make_plan(found, [size], asked(seeds=[1]))
     assert problems == []
     return {job.place["entry"]: job for job in jobs if job.place["rate"] == 1}, found
 
 
-@pytest.mark.parametrize("name", study.study_names() + vary.variants())
+@pytest.mark.parametrize("name", plan.study_names() + vary.variants())
 def test_each_entry_is_as_large_as_its_base(name):
-    for size in study.read_study(name).sizes:
+    for size in plan.read_study(name).sizes:
         jobs, found = planned(name, size)
         for entry, job in jobs.items():
             own = job.parameters
@@ -56,7 +56,7 @@ def test_each_entry_is_as_large_as_its_base(name):
 
 
 def test_the_seven_are_as_large_as_gpt2_but_not_larger():
-    for size in study.read_sizes().size:
+    for size in plan.read_sizes().size:
         jobs, _ = planned("architectures", size)
         sizes = {entry: job.parameters for entry, job in jobs.items()}
         assert len(sizes) == 7
@@ -65,15 +65,15 @@ def test_the_seven_are_as_large_as_gpt2_but_not_larger():
 
 
 def test_the_learning_rates_follow_their_line():
-    for name, size in study.read_sizes().size.items():
+    for name, size in plan.read_sizes().size.items():
         if size.max_lr:
             rate = 6e-4 * (124e6 / (float(name[:-1]) * 1e6)) ** 0.24
             assert size.max_lr == pytest.approx(rate, rel=0.06), name
 
 
 def test_the_schedule_of_a_size_and_of_another_budget():
-    found = study.read_study("rates")
-    jobs, _ = study.plan(found, ["0.25M"], asked(only=["rwkv"]))
+    found = plan.read_study("rates")
+    jobs, _ = plan.make_plan(found, ["0.25M"], asked(only=["rwkv"]))
     assert [job.name for job in jobs][:3] == ["rates-0.25M-rwkv-1", "rates-0.25M-rwkv-x0.25-1",
                                               "rates-0.25M-rwkv-x0.5-1"]  # fmt: skip
     quarter = jobs[1].config
@@ -81,22 +81,22 @@ def test_the_schedule_of_a_size_and_of_another_budget():
     assert (quarter.max_lr, quarter.min_lr, quarter.recipe) == (0.0007, 0.00007, "shared")
     assert quarter.beta2 == 0.95  # the shared recipe's
 
-    found = study.read_study("architectures")
-    jobs, _ = study.plan(found, ["124M"], asked(only=["gpt2", "rwkv"], seeds=[7]))
+    found = plan.read_study("architectures")
+    jobs, _ = plan.make_plan(found, ["124M"], asked(only=["gpt2", "rwkv"], seeds=[7]))
     assert [job.options for job in jobs] == [{"seed": 7, "run_name": f"architectures-124M-{name}-7"}
                                              for name in ("gpt2", "rwkv")]  # fmt: skip
     assert jobs[1].config.max_lr == 8e-4  # its paper's
-    jobs, _ = study.plan(found, ["124M"], asked(only=["gpt2"], steps=1907))
+    jobs, _ = plan.make_plan(found, ["124M"], asked(only=["gpt2"], steps=1907))
     config = jobs[0].config
     assert (config.max_steps, config.warmup_steps, config.eval_every) == (1907, 71, 250)
 
 
 def test_own_rates(monkeypatch):
-    sizes = study.read_sizes()
+    sizes = plan.read_sizes()
     monkeypatch.setitem(sizes.own_rate, "llama", 2.0)
     monkeypatch.setitem(sizes.own_rate, "rwkv", 2.0)
-    found = study.read_study("architectures")
-    jobs, _ = study.plan(found, ["0.25M"], asked(only=["gpt2", "llama", "rwkv"], seeds=[1, 2]))
+    found = plan.read_study("architectures")
+    jobs, _ = plan.make_plan(found, ["0.25M"], asked(only=["gpt2", "llama", "rwkv"], seeds=[1, 2]))
     assert [job.name.removeprefix("architectures-0.25M-") for job in jobs] == [
         "gpt2-1", "llama-1", "rwkv-1", "llama-x2-1", "rwkv-x2-1",
         "gpt2-2", "llama-2", "rwkv-2", "llama-x2-2", "rwkv-x2-2",
@@ -104,20 +104,20 @@ def test_own_rates(monkeypatch):
     assert jobs[3].config.max_lr == 2 * jobs[1].config.max_lr
     assert jobs[3].place == {"name": "architectures", "size": "0.25M", "entry": "llama", "base": "gpt2",
                              "rate": 2.0}  # fmt: skip
-    jobs, _ = study.plan(found, ["124M"], asked(only=["llama", "rwkv"], seeds=[1]))
+    jobs, _ = plan.make_plan(found, ["124M"], asked(only=["llama", "rwkv"], seeds=[1]))
     assert [job.name for job in jobs] == [
         "architectures-124M-llama-1",
         "architectures-124M-rwkv-1",  # which has its paper's own rate there
         "architectures-124M-llama-x2-1",
     ]
-    jobs, _ = study.plan(found, ["0.25M"], asked(only=["llama"], seeds=[3], rates=[0.5, 1.0]))
+    jobs, _ = plan.make_plan(found, ["0.25M"], asked(only=["llama"], seeds=[3], rates=[0.5, 1.0]))
     assert [job.name for job in jobs] == ["architectures-0.25M-llama-3", "architectures-0.25M-llama-x0.5-3"]
 
 
 def test_bases_come_first():
-    ordered = study.bases_first("", study.read_study("ablations"))
+    ordered = plan.bases_first("", plan.read_study("ablations"))
     assert ordered[:6] == ["gpt2", "llama", "deepseek", "mistral", "gemma", "mta"]
-    assert study.bases_first("", study.read_study("hybrids"))[0] == "llama"
+    assert plan.bases_first("", plan.read_study("hybrids"))[0] == "llama"
 
 
 def test_the_list(run):
@@ -241,9 +241,9 @@ def fake(tmp_path, monkeypatch, small_sample):
     (tmp_path / "data").mkdir()
     os.symlink(small_sample, tmp_path / "data/sample")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(study, "load_source", study.load_source.__wrapped__)  # which caches a script's text
+    monkeypatch.setattr(plan, "load_source", plan.load_source.__wrapped__)  # which caches a script's text
 
     def write(steps=8, pause="1e-8", more=""):
         (tmp_path / "st.toml").write_text(STUDY.format(steps=steps, pause=pause) + more)
@@ -380,7 +380,7 @@ def test_equal_runs_of_another_study_are_taken_from_it(fake, run, monkeypatch):
             if change == "data":
                 patch.setattr(study, "look_at_data", lambda jobs, dry: {"data/sample": "other"})
             if change == "script":
-                patch.setattr(study.Source, "hash", "other")
+                patch.setattr(plan.Source, "hash", "other")
             said = run(study, *command)[1]
         assert said.startswith(f"{int(change == 'nothing')} of 1 runs are the same"), change
 
@@ -491,7 +491,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @needs_fork
 def test_killed_again_and_again_and_gone_on_with(fake, run, monkeypatch):
     fake(steps=60, pause="0.01")
-    monkeypatch.setattr(study, "SECONDS_BETWEEN_ESTIMATES", 0.2)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_ESTIMATES", 0.2)
     run(study, "st.toml", "--jobs", "4")
     whole = results()
     assert len(whole) == 4
@@ -572,11 +572,11 @@ def test_real_runs_that_are_killed_end_as_those_of_the_commands(run, tmp_path, s
     Path("log").rename("whole")
 
     def pick():  # once the next run has come a good deal further than where it was
-        steps = [study.progress(path)[0] for path in Path("log").glob("st-*")]
+        steps = [study.last_step(path)[0] for path in Path("log").glob("st-*")]
         return sum(steps) > done + 3
 
     for number in (signal.SIGTERM, signal.SIGKILL):
-        done = sum(study.progress(path)[0] for path in Path("log").glob("st-*"))
+        done = sum(study.last_step(path)[0] for path in Path("log").glob("st-*"))
         pid = fork(*options)
         wait_for(pick)
         os.kill(pid, number)
@@ -593,9 +593,9 @@ def test_an_edited_variant_is_not_overwritten(run, tmp_path, monkeypatch, small_
     edited = tmp_path / "train_gpt2_rope.py"
     edited.write_text((ROOT / "train_gpt2.py").read_text() + "# mine\n")
     before = edited.read_bytes()
-    for module in (study, vary):
+    for module in (plan, vary):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(study, "load_source", study.load_source.__wrapped__)
+    monkeypatch.setattr(plan, "load_source", plan.load_source.__wrapped__)
     options = ("--size", "0.25M", "--seeds", "1", "--only", "gpt2-rope", "--data_dir", small_sample)
     status, said = run(study, "gpt2-rope", *options)
     assert status == 1
@@ -611,42 +611,42 @@ def make_job(entry, seed, state="to come", rate=1.0, step=0, pace=None, flops=1e
     place = {"name": "st", "size": size, "entry": entry, "base": None, "rate": rate}
     config = train_gpt2.Config(max_steps=100, batch_tokens=1000, eval_every=50, val_tokens=3000)
     name = f"st-{size}-{entry}-{seed}"
-    return study.Job(name, place, seed, None, True, {}, config, 100, flops, state, "", step, 1.5, pace)
+    return plan.Job(name, place, seed, None, True, {}, config, 100, flops, state, "", step, 1.5, pace)
 
 
 def test_estimates():
     done = make_job("gpt2", 1, "done", step=100, pace=0.1)
     again = make_job("gpt2", 2)
-    assert study.seconds_left([again], 1) is None  # nothing is known
+    assert progress.seconds_left([again], 1) is None  # nothing is known
     whole = 0.1 * (100 + 3)  # three evaluations cost as much as a step each
-    assert study.seconds_left([done, again], 1) == pytest.approx(whole)
+    assert progress.seconds_left([done, again], 1) == pytest.approx(whole)
     twice = make_job("llama", 1, flops=2e6)
-    assert study.seconds_left([done, again, twice], 1) == pytest.approx(3 * whole)  # by its FLOPs
-    assert study.seconds_left([done, again, twice], 2) == pytest.approx(2 * whole)  # it alone takes so long
+    assert progress.seconds_left([done, again, twice], 1) == pytest.approx(3 * whole)  # by its FLOPs
+    assert progress.seconds_left([done, again, twice], 2) == pytest.approx(2 * whole)  # it alone takes so long
     half = make_job("gpt2", 3, "running", step=50)
-    assert study.seconds_left([done, half], 1) == pytest.approx(whole / 2)
-    assert study.seconds_left([done], 1) == 0
-    assert study.summary([done, again], 1).startswith("1 of 2 runs done, about 10s left, until ")
+    assert progress.seconds_left([done, half], 1) == pytest.approx(whole / 2)
+    assert progress.seconds_left([done], 1) == 0
+    assert progress.summary([done, again], 1).startswith("1 of 2 runs done, about 10s left, until ")
 
 
 def test_the_table_fits_whatever_there_is():
     jobs = [make_job("gpt2", 1, "done"), make_job("gpt2", 2, "running", step=25)]
     jobs.append(make_job("gpt2", 3, "failed"))
-    assert study.table(jobs) == ["0.25M    seed 1   seed 2   seed 3", "gpt2     1.5000      25%   failed"]
+    assert progress.table(jobs) == ["0.25M    seed 1   seed 2   seed 3", "gpt2     1.5000      25%   failed"]
     rates = [make_job("gpt2", 1, "done", rate=rate) for rate in (1.0, 0.5)]
-    assert study.table(rates)[0] == "0.25M        x1     x0.5"
+    assert progress.table(rates)[0] == "0.25M        x1     x0.5"
     both = [make_job("gpt2", seed, rate=rate) for seed in (1, 2, 3, 4) for rate in (1.0, 0.5)]
-    rows = [line.split() for line in study.table(both)]
+    rows = [line.split() for line in progress.table(both)]
     assert rows[1:] == [["gpt2", *"––––"], ["gpt2", "x0.5", *"––––"]]
     many = [make_job("a-long-name-of-a-variant", seed, "done", rate=0.25) for seed in range(12)]
-    lines = study.table(many + [make_job("gpt2", 20, size="0.8M")])
+    lines = progress.table(many + [make_job("gpt2", 20, size="0.8M")])
     assert lines[1].split() == ["a-long-name-of-a-variant", "x0.25", "12", "0", "0", "0", "1.5000"]
     assert lines[2].startswith("0.8M") and max(map(len, lines)) <= 80
 
 
 def test_the_table_is_drawn_in_place_on_a_terminal(monkeypatch, capsys):
     jobs = [make_job("gpt2", 1, "done"), make_job("llama", 1, "running", step=30)]
-    screen = study.Screen(jobs, 1)
+    screen = progress.Screen(jobs, 1)
     monkeypatch.setattr(screen, "redraws", True)
     monkeypatch.setattr(os, "get_terminal_size", lambda: os.terminal_size((40, 24)))
     screen.next = 0
@@ -705,7 +705,7 @@ def test_a_damaged_collection_is_said(fake, run):
 
 
 def test_progress_of_a_log(tmp_path):
-    assert study.progress(tmp_path) == (0, None)
+    assert study.last_step(tmp_path) == (0, None)
     lines = [json.dumps({"event": "train", "step": step, "loss": 2.5, "ms": 1}) for step in range(3)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"event": "train", "step": 3, "lo')
-    assert study.progress(tmp_path) == (3, 2.5)
+    assert study.last_step(tmp_path) == (3, 2.5)
