@@ -588,6 +588,30 @@ def test_real_runs_that_are_killed_end_as_those_of_the_commands(run, tmp_path, s
     assert "stopped; to go on: python -m tools.study st.toml --data_dir" in told and "resumed   st-" in told
 
 
+@needs_fork
+def test_real_runs_of_two_processes_end_as_those_of_one(run, tmp_path, small_sample, monkeypatch):
+    (tmp_path / "st.toml").write_text(REAL)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ["st.toml", "--data_dir", str(small_sample), "--only", "gpt2", "--seeds", "1", "--steps", "400"]
+    options += ["--rates", "0.1"]  # at which rounding stays rounding
+    name = "st-0.25M-gpt2-x0.1-1"
+    pid = fork(*options, "--nproc_per_node", "2", "--collect", "two")
+    wait_for(lambda: study.last_step(Path("log") / name)[0] > 3)
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+    saved = study.last_checkpoint(Path("log") / name)
+    assert 3 < saved < 400
+    _, status = os.waitpid(fork(*options, "--nproc_per_node", "2", "--collect", "two"), 0)
+    assert os.waitstatus_to_exitcode(status) == 0, Path("said.txt").read_text()
+    starts = runs.read_log(Path("log") / name / "log.jsonl").training()
+    assert [start["processes"] for start in starts] == [2, 2]
+    Path("log").rename("log-of-two")
+    _, status = os.waitpid(fork(*options, "--collect", "one"), 0)
+    assert os.waitstatus_to_exitcode(status) == 0, Path("said.txt").read_text()
+    assert results("two")[name] == pytest.approx(results("one")[name], rel=1e-4)
+
+
 def test_an_edited_variant_is_not_overwritten(run, tmp_path, monkeypatch, small_sample):
     (tmp_path / "train_gpt2.py").write_bytes((ROOT / "train_gpt2.py").read_bytes())
     edited = tmp_path / "train_gpt2_rope.py"
