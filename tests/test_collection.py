@@ -22,7 +22,7 @@ def read_runs(folder, *names, steps=120, **fields):
 
 def same(run, kept):
     """Asserts that a Run and what a collection kept of it say the same."""
-    for name in ("facts", "script_hash", "changed", "val", "labels", "study"):
+    for name in ("facts", "script_hash", "changed", "val", "labels", "study", "machine"):
         assert getattr(run, name) == getattr(kept, name), name
     for name in ("loss", "median_ms", "device_ms", "finished", "seed", "architecture"):
         assert getattr(run, name) == getattr(kept, name), name
@@ -42,6 +42,7 @@ def same(run, kept):
 def test_a_collection_has_all_that_is_compared(tmp_path):
     runs = read_runs(tmp_path / "log", "a", "b")
     runs[0].study = STUDY
+    runs[0].machine = "0123abcd, 2 cores"
     for step, event in runs[0].train.items():
         event["ms"] = 100.123456 + step
         event["loss"] = 3.123456789

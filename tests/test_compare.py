@@ -547,6 +547,17 @@ def write_gpt2_shard(folder, tokens):
     return fineweb.open_dataset(folder)["fingerprint"]
 
 
+def test_times_of_two_machines_are_said_not_to_compare(tmp_path, run_tool):
+    runs = [reading.read_run(write_run(tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
+    for second in ("here", "there"):
+        runs[0].machine = "here"
+        runs[1].machine = second
+        collection.add(tmp_path / second, runs)
+    said = run_tool(tmp_path / "there", "--out", tmp_path / "report")[1]
+    assert "Not all of these runs were trained on one machine: their tokens/s" in said
+    assert "one machine" not in run_tool(tmp_path / "here", "--out", tmp_path / "report")[1]
+
+
 def test_a_byte_is_a_token_of_a_model_of_bytes(tmp_path, run_tool):
     status, said = run_tool(write_run(tmp_path / "a", losses=(5.0, 2.0)), "--out", tmp_path / "report")
     assert status == 0 and rows(said)["1"][1:3] == ["2.0000", f"{2 / math.log(2):.4f}"]

@@ -116,6 +116,19 @@ def test_verdicts_of_known_differences(tmp_path):
     assert "data:image/png;base64," in page and f'src="{files[0]}"' not in page
 
 
+def test_times_of_two_machines_are_not_compared(tmp_path):
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("gpt2-rope", [2.8, 2.9, 2.7], ms=125.0)
+    for run, machine in zip(runs, ["a", "a", "b", "b", "a", "b"], strict=True):
+        run.machine = machine
+    runs[2].train = {step: event | {"ms": 250.0} for step, event in runs[2].train.items()}
+    made = rows(plain(effects.study_parts(runs, tmp_path)[0]))
+    assert made["gpt2-rope"][-1] == "1.40 (0.80 to 2.00)"  # seed 1 is left out
+    for run in runs[:3]:
+        run.machine = "c"
+    made = rows(plain(effects.study_parts(runs, tmp_path)[0]))
+    assert made["gpt2-rope"][-1] == "–" and made["gpt2-rope"][2] == "better"
+
+
 def test_only_common_seeds_count(tmp_path):
     runs = make_entry("gpt2", BASE, base=None) + [make_run(seed=9, entry="gpt2", loss=90.0, base=None)]
     runs += [make_run(loss=loss, seed=seed) for seed, loss in ((3, 2.8), (1, 2.9), (8, 70.0))]

@@ -49,6 +49,21 @@ def test_numbers_are_filled_in(made_up):
     assert said == wanted + "*At full size:* who knows.\n"
 
 
+def test_the_seeds_are_those_of_the_entries_in_the_answer(made_up):
+    more = make_entry("gpt2-nope", [3.3, 3.4])
+    assert "(three seeds at 0.8M" in made_up("{gpt2-rope}", pair() + more)
+    assert "(two to three seeds at 0.8M" in made_up("{gpt2-nope} and {gpt2}", pair() + more)
+    assert "(two to three seeds at 0.8M" in made_up("No numbers.", pair() + more)
+
+
+def test_times_of_two_machines_are_not_compared(made_up):
+    runs = pair()
+    for run in runs[:3]:
+        run.machine = "another"
+    with pytest.raises(SystemExit, match="gpt2-rope and gpt2 weren't timed on one machine"):
+        made_up("{gpt2-rope / gpt2, tokens/s}", runs)
+
+
 def test_words_that_the_runs_contradict_are_refused(made_up):
     for given in ({"gpt2-rope - gpt2": "worse"}, {"gpt2-rope - gpt2": "not distinguishable"}, {}):
         with pytest.raises(SystemExit, match="gpt2-rope - gpt2 is better by the runs in results/x at 0.8M"):
@@ -148,6 +163,14 @@ def test_the_ranking_has_the_losses_at_equal_cost(monkeypatch):
         f"{level * 0.4**-0.1:.3f} ± {half * 0.4**-0.1:.3f}",
     ]  # fmt: skip
     assert made["gpt2"][1:] == ["1.00", "1.00", made["gpt2"][0], made["gpt2"][0]]
+
+
+def test_no_loss_at_the_time_of_another_machine(monkeypatch):
+    slow = budgets("rwkv", 0.1, flops=2.0e6, ms=250.0, at_end=1.9)
+    for run in slow["architectures"]:
+        run.machine = "another"
+    made = rows(ranked(monkeypatch, budgets("gpt2", 0.2), slow))
+    assert made["rwkv"][1:3] == ["1.25", "–"] and made["rwkv"][-1] == "–" != made["rwkv"][-2]
 
 
 def test_no_loss_is_read_off_far_from_what_was_run(monkeypatch):

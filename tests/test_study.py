@@ -355,6 +355,8 @@ def test_other_data_are_said(fake, run, tmp_path):
 def test_equal_runs_of_another_study_are_taken_from_it(fake, run, monkeypatch):
     """Those of the same script, options, seed and data, and no others."""
     assert run(study, "st.toml", "--seeds", "1", "2")[0] == 0
+    here = study.this_machine()
+    monkeypatch.setattr(study, "this_machine", lambda: "another")
     text = Path("st.toml").read_text()
     text = text.replace("one", "first").replace("two", "second").replace("n_layer = 2", "n_layer = 3")
     Path("other.toml").write_text(text)
@@ -364,7 +366,10 @@ def test_equal_runs_of_another_study_are_taken_from_it(fake, run, monkeypatch):
     status, said = run(study, "other.toml", "--seeds", "2", "3", "--reuse", "report/st")
     assert status == 0 and said.count("started ") == 3 and "started   other-0.25M-first-2" not in said
     theirs = {kept.folder.name: kept for kept in collection.read("report/st")}["st-0.25M-one-2"]
-    ours = {kept.folder.name: kept for kept in collection.read("report/other")}["other-0.25M-first-2"]
+    others = {kept.folder.name: kept for kept in collection.read("report/other")}
+    ours = others["other-0.25M-first-2"]
+    assert [ours.machine, theirs.machine] == [here, here]
+    assert others["other-0.25M-first-3"].machine == "another"
     assert ours.study == {"name": "other", "size": "0.25M", "entry": "first", "base": None, "rate": 1.0}
     assert (ours.val, ours.train, ours.facts) == (theirs.val, theirs.train, theirs.facts)
     again = run(study, "other.toml", "--seeds", "2", "3", "--reuse", "report/st")[1]

@@ -71,6 +71,7 @@ class Record(msgspec.Struct):
     labels: dict[str, str]  # "task convention" -> each item's right answer
     clock: Clock = msgspec.field(default_factory=lambda: Clock([], []))
     bytes_per_token: float | None = None  # of the validation tokens
+    machine: str | None = None  # as in runs.Run
 
 
 @dataclasses.dataclass
@@ -166,6 +167,7 @@ def as_record(run):
         "labels": {" ".join(key): labels for key, labels in sorted(run.labels.items())},
         "clock": {"step": timed, "ms": [round(60_000 * minutes[step], 1) for step in timed]},
         "bytes_per_token": run.bytes_per_token()[0],
+        "machine": run.machine,
     }
 
 
@@ -262,7 +264,7 @@ def as_run(folder, record):
     study = msgspec.to_builtins(record.study)
     return KeptRun(
         folder / record.name, record.facts, record.script_hash, record.changed, train, val, scores, labels,
-        study, totals,
+        study, record.machine, totals,
     )  # fmt: skip
 
 

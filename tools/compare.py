@@ -307,6 +307,14 @@ def leaderboard_row(pool, keys):
     ]
 
 
+def machines(pools):
+    """A line if not all runs are known to be of one machine; else it is empty."""
+    if len({run.machine for pool in pools for run in pool.runs}) == 1:
+        return ""
+    return ("Not all of these runs were trained on one machine: their tokens/s, device-hours and the picture "
+            "against time don't compare.")  # fmt: skip
+
+
 def unknown_bytes(pools):
     """A line on each reason why pools have no loss in bits per byte."""
     names = {}
@@ -576,7 +584,7 @@ def group_report(group, keys, pairs=True):
     lines = [set_other_items_apart(group, each) for each in keys]
     differences = verdicts.compare_pairs(finished, key)
     first = [verdicts.headline(finished, differences), leaderboard(group, keys)]
-    first += [line for line in (*unknown_bytes(group), *lines, *lost_scripts(group)) if line]
+    first += [line for line in (*unknown_bytes(group), machines(group), *lines, *lost_scripts(group)) if line]
     if not differences or not pairs:
         return first, []
     matrix = loss_matrix(finished, differences)

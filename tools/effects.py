@@ -320,20 +320,24 @@ def parameters_cell(effect):
     return text
 
 
-def speed_cell(effect):
-    """Tokens/s over the base's: the median over the common seeds, and the lowest and highest of them."""
+def speeds(group, base):
+    """Tokens/s of a Group over another's, for each seed that both have trained on the same machine."""
     ratios = []
-    for seed in effect.seeds:
-        ours = effect.group.runs[seed]
-        theirs = effect.base.runs[seed]
+    for seed in sorted(group.runs.keys() & base.runs.keys()):
+        ours = group.runs[seed]
+        theirs = base.runs[seed]
+        alike = ours.machine == theirs.machine
         for what in ("device", "processes"):
-            if ours.facts.get(what) != theirs.facts.get(what):
-                return "–"
-        if ours.config["batch_tokens"] != theirs.config["batch_tokens"]:
-            return "–"
-        if not ours.median_ms or not theirs.median_ms:
-            return "–"
-        ratios.append(theirs.median_ms / ours.median_ms)
+            alike &= ours.facts.get(what) == theirs.facts.get(what)
+        alike &= ours.config["batch_tokens"] == theirs.config["batch_tokens"]
+        if alike and ours.median_ms and theirs.median_ms:
+            ratios.append(theirs.median_ms / ours.median_ms)
+    return ratios
+
+
+def speed_cell(effect):
+    """Tokens/s over the base's: the median over the seeds, and the lowest and highest of them."""
+    ratios = speeds(effect.group, effect.base)
     if not ratios:
         return "–"
     text = f"{statistics.median(ratios):.2f}"
@@ -436,9 +440,10 @@ HOW_TO_READ = (
     "With three seeds an interval's width is itself a matter of chance, and may be several times another's "
     "for no other reason. Ratios are the entry's over its base's; parameters are the trained ones, and "
     "“unequal” if they differ by more than 2%. The ratio of tokens/s is a hint only, since runs share a "
-    "machine: the median over the seeds, with the lowest and the highest. At equal tokens an entry that "
-    "costs more FLOPs per token has an advantage, which its row's ratio shows. No curve was cut short to "
-    "compare at equal FLOPs: a run that is stopped early hasn't lowered its learning rate, and looks worse "
+    "machine: the median over the seeds, with the lowest and the highest, or – if not both were trained on "
+    "one machine. At equal tokens an entry that costs more FLOPs per token has an advantage, which its "
+    "row's ratio shows. No curve was cut short to compare at equal FLOPs: a run that is stopped early "
+    "hasn't lowered its learning rate, and looks worse "
     "than it is."
 )  # fmt: skip
 SHARED_SPREAD = (

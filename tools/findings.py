@@ -99,6 +99,7 @@ class Evidence:
         else:
             self.selected = {entry: group for (entry, rate), group in self.groups.items() if rate == 1}
         self.against, _ = effects.compare_selected(self.selected)
+        self.cited = {}  # the groups that an answer has asked for, by name
 
     def any_run(self):
         return next(iter(self.groups.values())).first
@@ -110,6 +111,7 @@ class Evidence:
         group = self.groups.get((entry, float(rate[1]))) if rate else self.selected.get(entry)
         if group is None:
             fineweb.fail(f"{self.where} has no run of {name}")
+        self.cited[name] = group
         return group
 
     def compare(self, ours, theirs):
@@ -179,11 +181,11 @@ def tables(run):
 def cost_cells(group, reference, shorter):
     """Cells: FLOPs per token, tokens/s, and the losses at the reference's FLOPs and time."""
     flops = group.first.facts["flops_per_token"] / reference.first.facts["flops_per_token"]
-    speed = pace(group) / pace(reference)
-    cells = [f"{flops:.2f}", f"{speed:.2f}"]
+    speed = pace(group, reference)
+    cells = [f"{flops:.2f}", "–" if speed is None else f"{speed:.2f}"]
     for times in (1 / flops, speed):
         losses = []
-        if shorter and effects.scale_of_loss(shorter.first) == effects.scale_of_loss(group.first):
+        if times and shorter and effects.scale_of_loss(shorter.first) == effects.scale_of_loss(group.first):
             losses = losses_with(times, group, shorter)
         cells.append(with_half(statistics.mean(losses), verdicts.half_interval(losses)) if losses else "–")
     return cells
@@ -248,15 +250,16 @@ def ratio(ours, theirs, what):
         return f"{ours.first.facts[RATIOS[what]] / theirs.first.facts[RATIOS[what]]:.2f}"
     if what != "tokens/s":
         fineweb.fail(f"{FILE.name}: no ratio of {what}: {', '.join(RATIOS)} or tokens/s")
-    return f"{pace(ours) / pace(theirs):.2f}"
+    speed = pace(ours, theirs)
+    if speed is None:
+        fineweb.fail(f"{FILE.name}: {ours.name} and {theirs.name} weren't timed on one machine")
+    return f"{speed:.2f}"
 
 
-def pace(group):
-    """Tokens/s, the median over the seeds."""
-    rates = []
-    for run in group.runs.values():
-        rates.append(1000 * run.config["batch_tokens"] / run.median_ms)
-    return statistics.median(rates)
+def pace(ours, theirs):
+    """Tokens/s of a Group over another's, the median over the seeds; None if no machine trained both."""
+    ratios = effects.speeds(ours, theirs)
+    return statistics.median(ratios) if ratios else None
 
 
 def lost_with(most, here):
@@ -319,8 +322,9 @@ def scale(finding, evidence):
     """On what runs an answer rests: sizes, tokens, seeds and the command that shows them."""
     texts = []
     for size, here in evidence.items():
-        counts = {len(group.runs) for group in here.selected.values()}
-        configs = [group.first.config for group in here.selected.values()]
+        groups = (here.cited or here.selected).values()
+        counts = {len(group.runs) for group in groups}
+        configs = [group.first.config for group in groups]
         tokens = max(config["max_steps"] * config["batch_tokens"] for config in configs)
         texts.append(f"{in_seeds(counts)} at {size}, {tokens / 1e6:.1f}M bytes each")
     return f"({'; '.join(texts)}: `python -m tools.compare {finding.runs}`)"

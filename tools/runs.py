@@ -50,6 +50,7 @@ class Run:
     scores: dict  # (task, convention) -> {step: result}
     labels: dict  # (task, convention) -> each item's right answer as a digit, of the newest score
     study: dict | None = None  # name, size, entry, base and rate, if tools.study ran it
+    machine: str | None = None  # a name for the one that trained it, if tools.study did: see its this_machine
 
     @property
     def config(self):
