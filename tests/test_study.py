@@ -483,7 +483,7 @@ def fork(*options):
         os._exit(status)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, Path("said.txt").read_text()
