@@ -3,9 +3,10 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from test_effects import is_drawn, make_run, plain, rows
 
-from tools import effects, scaling, verdicts
+from tools import effects, pictures, scaling, verdicts
 from tools.pictures import style
 
 SIZES = {"0.25M": 250_000, "0.8M": 800_000, "2.7M": 2_700_000}
@@ -60,6 +61,16 @@ def test_the_study_shows_the_sizes_first(tmp_path):
     assert files[0] == "scaling_architectures_parameters.png" and len(files) == 5
     one = [run for run in runs if run.study["size"] == "2.7M"]
     assert "falls with size" not in plain(effects.study_parts(one, tmp_path)[0])
+
+
+def test_no_band_reaches_a_size_with_one_seed(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "fill_between", lambda axis, x, bottom, top, **_: drawn.append((bottom, top)))
+    points = [(1.0, 2.0, 0.5), (2.0, 1.8, 0.4), (3.0, 1.7, 0.0)]
+    pictures.draw_scaling(tmp_path / "a.png", "t", "x", {"gpt2": points, "llama": points[:2]})
+    (bottom, top), whole = drawn
+    assert list(bottom[:2]) == [1.5, 1.4] and list(top[:2]) == pytest.approx([2.5, 2.2])
+    assert np.isnan([bottom[2], top[2]]).all() and not np.isnan(whole).any()
 
 
 def test_two_sizes_are_drawn_and_have_no_law(tmp_path):

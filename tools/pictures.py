@@ -275,10 +275,11 @@ def power_of_ten(x, _):
 
 
 def draw_scaling(path, title, xlabel, curves, ticks=None):
-    """Writes one PNG of losses against size on two logarithmic axes, with 95% intervals as bands.
+    """Writes one PNG of losses against size on two logarithmic axes, with 95% intervals as bars and bands.
 
     curves: {name: [(x, mean loss, half of its interval's width, 0 with one seed)]}, x rising. ticks: names of
-    places on the x axis, {x: name}.
+    places on the x axis, {x: name}. A point of one seed has no bar, and no band reaches it: one that narrows
+    to a point there would say that its loss is known best.
     """
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -295,9 +296,12 @@ def draw_scaling(path, title, xlabel, curves, ticks=None):
         axis.plot(x, y, color=colour, linestyle=dash, marker="o", markersize=5, lw=2)
         below = [value - half for value, half in zip(y, halves, strict=True)]
         above = [value + half for value, half in zip(y, halves, strict=True)]
-        if any(halves):
-            # a band may reach below zero with two seeds; what a logarithmic axis can't show is cut off
-            axis.fill_between(x, np.maximum(below, 0.01 * min(y)), above, color=colour, alpha=0.1, lw=0)
+        # an interval may reach below zero with two seeds; what a logarithmic axis can't show is cut off
+        known = np.array(halves) > 0
+        bottom = np.where(known, np.maximum(below, 0.01 * min(y)), np.nan)
+        top = np.where(known, above, np.nan)
+        axis.fill_between(x, bottom, top, color=colour, alpha=0.1, lw=0)
+        axis.vlines(x, bottom, top, color=colour, alpha=0.5, lw=1.5)
         low += [max(floor, 0.9 * value) for floor, value in zip(below, y, strict=True)]
         high += [min(ceiling, 1.1 * value) for ceiling, value in zip(above, y, strict=True)]
         ends.append((name, x[-1], y[-1], colour))
