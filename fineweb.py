@@ -110,9 +110,10 @@ def shard_tokens(path):
         fail(f"{path} {what}: run the fineweb.py command that made the folder again")
     with one_line(f"{path} can't be read"), open(path, "rb") as f:
         content = f.read(HEADER_BYTES)
-    # the length comes first: an odd number of bytes is no array of int32
-    is_whole = len(content) == HEADER_BYTES
-    header = np.frombuffer(content, dtype=np.int32) if is_whole else np.zeros(256, dtype=np.int32)
+    if len(content) < HEADER_BYTES:  # comes first: an odd number of bytes is no array of int32
+        fail(f"{path} is truncated ({len(content):,} bytes, and its header has {HEADER_BYTES:,}): "
+             "remove it and run the fineweb.py command that made it again")
+    header = np.frombuffer(content, dtype=np.int32)
     if header[0] != MAGIC or header[1] != VERSION:
         fail(f"{path} is not a token shard (magic {MAGIC}, version {VERSION}): "
              "remove it, or write it again")

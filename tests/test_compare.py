@@ -361,7 +361,7 @@ def test_broken_logs_are_named_and_left_out(tmp_path, run_tool):
     assert status == 1 and "there is no run to compare" in said
     status, said = run_tool(tmp_path / "nowhere", "--out", tmp_path / "report")
     (line,) = said.splitlines()
-    assert status == 1 and f"there is no run to compare: {tmp_path / 'nowhere'}: isn't there;" in line
+    assert status == 1 and f"there is no run to compare: {tmp_path / 'nowhere'}: isn't there. " in line
 
 
 def test_a_run_event_without_what_is_compared_is_named(tmp_path):

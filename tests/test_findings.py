@@ -256,3 +256,10 @@ def test_a_run_of_no_study_is_no_evidence(monkeypatch):
     monkeypatch.setattr(findings.collection, "read", lambda path: runs)
     with pytest.raises(SystemExit, match="there is no run"):
         findings.Evidence("results/x", "0.8M")
+
+
+def test_a_narrow_interval_is_not_rounded_to_nothing():
+    assert findings.with_half(0.02806, 0.00047) == "0.0281 ± 0.0005"
+    assert findings.with_half(0.02806, 0.0012, sign="+") == "+0.028 ± 0.001"
+    assert findings.with_half(1.5, 0.0) == "1.500 ± 0.000"
+    assert findings.with_half(1.5, None) == "1.500"

@@ -761,15 +761,12 @@ def only(runs, names):
 
 def run_command(args):
     runs, left_out = collection.read_all(args.runs)
-    if not runs and len(left_out) == 1:
-        where, why = left_out[0]
-        fineweb.fail(f"there is no run to compare: {where}: {why}; give folders like log/gpt2-tiny, "
-                     "or collections")
+    if not runs:
+        why_none = "; ".join(f"{where}: {why}" for where, why in left_out)
+        fineweb.fail(f"there is no run to compare: {why_none}. Give folders like log/gpt2-tiny, or collections")
     for where, why in left_out:
         print(f"left out: {where}: {why}")
     n_read = len(runs)
-    if not runs:
-        fineweb.fail("there is no run to compare: give folders like log/gpt2-tiny, or collections")
     if args.only:
         runs = only(runs, args.only)
     if args.against:

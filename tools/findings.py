@@ -235,7 +235,9 @@ def ranking():
 
 
 def with_half(value, half, digits=3, sign=""):
-    """A number and half of its interval's width."""
+    """A number and half of its interval's width, with more digits if that would be rounded to nothing."""
+    while half and round(half, digits) == 0:
+        digits += 1
     text = f"{value:{sign}.{digits}f}"
     return text if half is None else f"{text} ± {half:.{digits}f}"
 

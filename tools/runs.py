@@ -269,9 +269,9 @@ def read_labels(folder, key):
 def read_run(folder):
     """The Run in a folder. Raises Unreadable for a folder without a log, or with one that is no run's."""
     folder = Path(folder)
-    path = folder / "log.jsonl"
     if not folder.exists():
         raise Unreadable("isn't there")
+    path = folder / "log.jsonl"
     if not path.is_file():
         raise Unreadable("has no log.jsonl")
     log = read_log(path)
