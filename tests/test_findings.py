@@ -19,13 +19,14 @@ def made_up(monkeypatch, tmp_path):
     def made_up(answer, runs, verdicts=(), **fields):
         monkeypatch.setattr(findings.collection, "read", lambda path: runs)
         file = tmp_path / "findings.toml"
-        lines = ['[[finding]]', 'question = "Is it?"', 'later = "who knows."', 'runs = "results/x"']
+        lines = ['[[finding]]', 'topic = "seven"', 'question = "Is it?"', 'later = "who knows."']
+        lines.append('runs = "results/x"')
         lines.append(f'answer = "{answer}"')
         lines += [f"{name} = {value}" for name, value in ({"sizes": '["0.8M"]'} | fields).items()]
         lines.append("[finding.verdicts]")
         lines += [f'"{place}" = "{verdict}"' for place, verdict in dict(verdicts).items()]
         file.write_text("\n".join(lines))
-        return findings.findings(file)
+        return findings.findings(file=file)
 
     return made_up
 
@@ -128,18 +129,19 @@ def test_two_that_are_no_bases_are_judged_among_all_pairs(made_up):
 
 
 def budgets(entry, b, flops=1.6e6, ms=100.0, at_end=2.0, shifts=(0.0, 0.01, -0.02)):
-    """Runs of an entry with 200 and with 800 steps, whose losses follow tokens^-b, seed by seed."""
+    """Runs of an entry with 200 and with 800 steps, whose losses follow tokens^-b, and 8 for its pace."""
     found = {}
-    for study, steps in (("rates", 200), ("architectures", 800)):
+    for study, steps in (("rates", 200), ("architectures", 800), ("pace", 8)):
         losses = [(at_end + shift) * (steps / 800) ** -b for shift in shifts]
         base = None if entry == "gpt2" else "gpt2"
         found[study] = make_entry(entry, losses, base=base, study=study, steps=steps, size="0.25M",
-                                  facts={"flops_per_token": flops}, ms=ms)  # fmt: skip
+                                  facts={"flops_per_token": flops},
+                                  ms=ms if study == "pace" else 300.0)  # fmt: skip
     return found
 
 
 def ranked(monkeypatch, *entries, more=()):
-    runs = {"architectures": [], "rates": []}
+    runs = {"architectures": [], "rates": [], "pace": []}
     for entry in entries:
         for study, of_study in entry.items():
             runs[study] += of_study
@@ -167,10 +169,12 @@ def test_the_ranking_has_the_losses_at_equal_cost(monkeypatch):
 
 def test_no_loss_at_the_time_of_another_machine(monkeypatch):
     slow = budgets("rwkv", 0.1, flops=2.0e6, ms=250.0, at_end=1.9)
-    for run in slow["architectures"]:
+    for run in slow["pace"]:
         run.machine = "another"
-    made = rows(ranked(monkeypatch, budgets("gpt2", 0.2), slow))
+    unpaced = budgets("llama", 0.1) | {"pace": []}
+    made = rows(ranked(monkeypatch, budgets("gpt2", 0.2), slow, unpaced))
     assert made["rwkv"][1:3] == ["1.25", "–"] and made["rwkv"][-1] == "–" != made["rwkv"][-2]
+    assert made["llama"][1:3] == ["1.00", "–"] and made["llama"][-1] == "–" != made["llama"][-2]
 
 
 def test_no_loss_is_read_off_far_from_what_was_run(monkeypatch):
@@ -248,6 +252,8 @@ def test_the_file_that_is_here_holds():
     assert said.count("*At full size:*") == said.count("`python -m tools.compare results/") >= 1
     assert "{" not in said
     assert (ROOT / "results/findings.toml").read_text().count("[[finding]]") == said.count("**") / 2
+    topics = [findings.findings(topic) for topic in ("seven", "hybrids", "changes")]
+    assert "\n".join(topics) == said and all(topics)
 
 
 def test_a_run_of_no_study_is_no_evidence(monkeypatch):

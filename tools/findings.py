@@ -4,8 +4,9 @@ What we found so far: the README's answers, with every number out of results/.
     python -m tools.findings              # print them
     python -m tools.table --write         # put them into README.md
 
-results/findings.toml has the questions and the words of the answers. A number
-is a place in them, and is filled in from the collection that the answer names:
+results/findings.toml has the questions, by topic, and the words of the answers.
+A number is a place in them, and is filled in from the collection that the
+answer names:
 
     {llama}                 the mean final loss of an entry over its seeds
     {llama - gpt2}          the difference of two, paired over seeds
@@ -32,6 +33,7 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -44,6 +46,7 @@ ROOT = Path(__file__).parent.parent
 FILE = ROOT / "results/findings.toml"
 RANKED = "results/architectures"  # the study of the ranking
 SHORTER = "results/rates"  # the same architectures with fewer tokens
+PACED = "results/pace"  # a few steps of each with nothing else on the machine, for their times
 REFERENCE = "gpt2"
 TABLES = "results/ngram.json"  # by tools.ngram
 CONTEXTS = "results/context.json"  # by tools.context
@@ -57,6 +60,7 @@ SEEDS = ["no seed", "one seed", "two seeds", "three seeds", "four seeds", "five 
 class Finding(msgspec.Struct, forbid_unknown_fields=True):
     """A question and its answer."""
 
+    topic: Literal["seven", "hybrids", "changes"]  # the README has each in a part of its own
     question: str
     answer: str  # with places for numbers
     runs: str  # the collection, as results/architectures
@@ -178,10 +182,9 @@ def tables(run):
         fineweb.fail(f"{TABLES} can't be read: {getattr(error, 'strerror', None) or error}")
 
 
-def cost_cells(group, reference, shorter):
-    """Cells: FLOPs per token, tokens/s, and the losses at the reference's FLOPs and time."""
+def cost_cells(group, reference, shorter, speed):
+    """Cells: FLOPs per token, tokens/s over the reference's, and the losses at its FLOPs and its time."""
     flops = group.first.facts["flops_per_token"] / reference.first.facts["flops_per_token"]
-    speed = pace(group, reference)
     cells = [f"{flops:.2f}", "–" if speed is None else f"{speed:.2f}"]
     for times in (1 / flops, speed):
         losses = []
@@ -201,6 +204,7 @@ def ranking():
     at = {size: Evidence(RANKED, size) for size in sizes}
     own = {size: Evidence(RANKED, size, own_rate=True) for size in sizes}
     shorter = Evidence(SHORTER, sizes[0]) if sizes[0] in effects.by_size(studied(SHORTER)) else None
+    paced = Evidence(PACED, sizes[0]).selected
     most = max(len(here.selected) for here in at.values())
     last = [size for size in sizes if len(at[size].selected) == most][-1]
     head = ["architecture"]
@@ -219,7 +223,11 @@ def ranking():
                 row.append("–" if mine is None else f"{mean_loss(mine)} at x{mine.rate:g}")
         first = at[sizes[0]].selected
         fewer = shorter.selected.get(entry) if shorter else None
-        row += cost_cells(first[entry], first[REFERENCE], fewer) if entry in first else ["–"] * 4
+        if entry in first:
+            speed = pace(paced[entry], paced[REFERENCE]) if entry in paced else None
+            row += cost_cells(first[entry], first[REFERENCE], fewer, speed)
+        else:
+            row += ["–"] * 4
         rows.append((best.mean(), row))
     for tokens, (loss, entries) in tables(at[last].selected[REFERENCE].first).items():
         if tokens > 1:
@@ -339,13 +347,16 @@ def in_words(finding):
     return f"**{finding.question}** {answer} {scale(finding, evidence)} *At full size:* {finding.later}\n"
 
 
-def findings(file=FILE):
-    """All answers as Markdown, a paragraph each. Raises SystemExit, with one line, if one doesn't hold."""
+def findings(topic=None, file=FILE):
+    """The answers, of one topic or all, as Markdown, a paragraph each.
+
+    Raises SystemExit, with one line, if one doesn't hold.
+    """
     try:
         read = msgspec.toml.decode(file.read_bytes(), type=Findings)
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         fineweb.fail(f"{file} can't be read: {getattr(error, 'strerror', None) or error}")
-    return "\n".join(in_words(finding) for finding in read.finding)
+    return "\n".join(in_words(finding) for finding in read.finding if topic in (None, finding.topic))
 
 
 def main():

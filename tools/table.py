@@ -2,15 +2,17 @@
 The README's tables, made from the scripts and from the evidence in results/.
 
     python -m tools.table                   # print them
-    python -m tools.table architectures     # one of them: ranking, findings,
-                                            # architectures, speed or data
+    python -m tools.table architectures     # one of them: ranking, seven,
+                                            # hybrids, changes, architectures,
+                                            # speed or data
     python -m tools.table --write           # put them into README.md, between
                                             # their marks
 
-ranking and findings are made by tools.findings from the studies in results/,
-speed and data from results/bench-cpu/*.json, which tools.bench and
-tools.bench_data wrote. The lines unlike train_gpt2.py are those that diff
-marks with < or >. A script of your own gets no row; a line says so.
+ranking is made by tools.findings from the studies in results/, and so are
+seven, hybrids and changes, its answers by topic. speed and data are made from
+results/bench-cpu/*.json, which tools.bench and tools.bench_data wrote. The
+lines unlike train_gpt2.py are those that diff marks with < or >. A script of
+your own gets no row; a line says so.
 """
 import argparse
 import importlib
@@ -161,7 +163,9 @@ def data():
 
 TABLES = {
     "ranking": findings.ranking,
-    "findings": findings.findings,
+    "seven": lambda: findings.findings("seven"),
+    "hybrids": lambda: findings.findings("hybrids"),
+    "changes": lambda: findings.findings("changes"),
     "architectures": architectures,
     "speed": speed,
     "data": data,
