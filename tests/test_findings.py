@@ -5,8 +5,9 @@ import statistics
 import pytest
 from conftest import ROOT
 from test_effects import make_entry, make_run, rows
+from test_scaling import SIZES, make_sizes
 
-from tools import findings, verdicts
+from tools import findings, scaling, verdicts
 
 GPT2 = [3.0, 3.1, 3.05]
 ROPE = [2.0, 2.12, 2.03]
@@ -101,6 +102,24 @@ def test_several_sizes(made_up):
     said = made_up(answer, small + pair(), told, sizes='["0.25M", "0.8M"]')
     assert "** 4.050 ± 0.124, 3.050 ± 0.124, +0.050 ± " in said
     assert "(three seeds at 0.25M, 0.4M bytes each; three seeds at 0.8M, 0.4M bytes each: " in said
+
+
+def test_a_power_law_and_what_it_says_of_full_size(made_up):
+    """loss = 6 parameters^-0.08, but for seeds that differ by +0.004, -0.005 and 0.001."""
+    runs = make_sizes("gpt2", 6.0, 0.08, base=None)
+    three = '["0.25M", "0.8M", "2.7M"]'
+    said = made_up("{exponent of gpt2}; {extrapolated gpt2}; {extrapolated gpt2, by residuals}", runs,
+                   sizes=three)  # fmt: skip
+    losses = [[run.loss for run in runs if run.study["size"] == size] for size in SIZES]
+    law = scaling.fit(list(SIZES.values()), losses)
+    loss = f"{6 * scaling.TARGET**-0.08:.3f}"
+    low, high = law.between(scaling.TARGET)
+    assert f"** 0.080 ± {law.b_half():.3f}; {loss} ({low:.3f} to {high:.3f}); {loss} to {loss} (" in said
+    assert low < float(loss) < high
+    with pytest.raises(SystemExit, match="a power law needs 3 sizes"):
+        made_up("{exponent of gpt2}", runs, sizes='["0.25M", "0.8M"]')
+    with pytest.raises(SystemExit, match="results/x at 0.25M has no run of llama"):
+        made_up("{extrapolated llama}", runs, sizes=three)
 
 
 def test_learning_rates(made_up):

@@ -4,9 +4,9 @@ What we found so far: the README's answers, with every number out of results/.
     python -m tools.findings              # print them
     python -m tools.table --write         # put them into README.md
 
-results/findings.toml has the questions, by topic, and the words of the answers.
-A number is a place in them, and is filled in from the collection that the
-answer names:
+results/findings.toml has the questions, by topic, and the words of the
+answers. A number is a place in them, and is filled in from the collection that
+the answer names:
 
     {llama}                 the mean final loss of an entry over its seeds
     {llama - gpt2}          the difference of two, paired over seeds
@@ -20,6 +20,11 @@ answer names:
     {table of 6}            the loss of a table of six tokens, the one to guess
                             among them, by results/ngram.json; {table of 6,
                             entries} is how many there are in it
+    {exponent of llama}     b of the power law loss = a parameters^-b through
+                            the answer's sizes; {extrapolated llama} is the
+                            loss at 124M by it, with the interval by seeds,
+                            {extrapolated llama, by residuals} the interval
+                            by what the sizes are off the line
     {lost with 16}          the least and the most that the runs in
                             results/context.json lose with 16 tokens of context
 
@@ -288,8 +293,24 @@ def lost_with(most, here):
     return f"{min(lost):.3f} to {max(lost):.3f}"
 
 
+def by_law(place, evidence):
+    """The text for {exponent of llama} and {extrapolated llama}. evidence: {size: Evidence}."""
+    inside, _, what = place.partition(", ")
+    name = inside.removeprefix("exponent of ").removeprefix("extrapolated ")
+    law = scaling.law_of({size: here.group(name) for size, here in evidence.items()}, scaling.parameters)
+    if law is None:
+        fineweb.fail(f"{FILE.name}: {{{place}}}: a power law needs {scaling.LEAST_SIZES} sizes")
+    if inside.startswith("exponent of "):
+        return with_half(law.b, law.b_half())
+    if what == "by residuals":
+        return scaling.ranged(law.beyond(scaling.TARGET))
+    return f"{law.loss(scaling.TARGET):.3f} ({scaling.ranged(law.between(scaling.TARGET))})"
+
+
 def fill(finding, place, evidence):
     """The text for one place. evidence: {size: Evidence}. Raises SystemExit for a place that says nothing."""
+    if place.startswith(("exponent of ", "extrapolated ")):
+        return by_law(place, evidence)
     inside, _, size = place.partition(" at ")
     here = evidence.get(size or finding.sizes[0])
     if here is None:
