@@ -207,6 +207,19 @@ def test_own_rates_get_their_own_pictures(tmp_path):
     assert len(files) == 4
 
 
+def test_a_size_at_one_rate_has_no_best_one(tmp_path):
+    """Its shared rate beside the others' best would bend the line."""
+    runs = make_sizes("gpt2", base=None) + make_sizes("llama", 6.0, 0.07)
+    for swept in ({"0.25M"}, {"0.25M", "0.8M"}):
+        more = [run for run in make_sizes("llama", 6.0, 0.08, rate=0.5) if run.study["size"] in swept]
+        parts, files = scaling.scaling_parts(runs + more, tmp_path)
+        said = plain(parts)
+        assert ("2.7M: one learning rate alone was run" in said) == (len(swept) == 2)
+        assert ("at its own best rate" in said) == (len(swept) == 2)
+        assert len(files) == 2 * len(swept)
+        assert rows(said)["llama"][0].startswith("0.0700")  # the law at the shared rate, of all three
+
+
 def test_parameters_without_embedding_of_a_script_that_is_here():
     import importlib
 

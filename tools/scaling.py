@@ -420,14 +420,16 @@ def scaling_parts(runs, folder):
     draw_into_files()
     at_one = {}
     chosen = {}
+    unswept = []  # sizes whose runs can't tell which rate is the best
     for size, of_size in by_size(runs).items():
         groups, _ = group_runs(of_size)  # what is left out is said with each size
         one = {entry: group for (entry, rate), group in groups.items() if rate == 1}
-        best = {entry: best_group(of_entry) for entry, of_entry in rates_of(groups).items()}
         if one:
             at_one[size] = one
-        if best:
-            chosen[size] = best
+        if len({rate for _, rate in groups}) > 1:
+            chosen[size] = {entry: best_group(of_entry) for entry, of_entry in rates_of(groups).items()}
+        elif groups:
+            unswept.append(size)
     study = runs[0].study["name"]
     parts = []
     files = []
@@ -438,8 +440,11 @@ def scaling_parts(runs, folder):
         more, new = selection_parts(study, chosen, folder, own=True)
         parts += ["### The sizes, each entry at its own best rate", *more]
         files += new
+        if unswept:
+            parts.append(f"{', '.join(unswept)}: one learning rate alone was run, so which is the best isn't "
+                         "known there.")  # fmt: skip
     if not parts:
         return [], []
-    if len(chosen) >= LEAST_SIZES:
+    if max(len(at_one), len(chosen)) >= LEAST_SIZES:
         parts.append(Folded("How to read the sizes", [HOW_TO_READ]))
     return [f"## Study {study}: how the loss falls with size", *parts], files
