@@ -29,8 +29,9 @@ the answer names:
                             results/context.json lose with 16 tokens of context
 
 Words can't contradict the runs: each difference that is told must be under
-verdicts with what the words make of it, "better", "worse" or "not
-distinguishable". If the runs say otherwise, there are no answers but a line.
+verdicts with what the words make of it, "better", "worse", "not
+distinguishable", or of one seed "one seed: no verdict". If the runs say
+otherwise, there are no answers but a line.
 """
 import argparse
 import json
