@@ -101,7 +101,10 @@ def test_several_sizes(made_up):
     answer = "{gpt2}, {gpt2 at 0.8M}, {gpt2-rope - gpt2}, {gpt2-rope - gpt2 at 0.8M}"
     said = made_up(answer, small + pair(), told, sizes='["0.25M", "0.8M"]')
     assert "** 4.050 ± 0.124, 3.050 ± 0.124, +0.050 ± " in said
-    assert "(three seeds at 0.25M, 0.4M bytes each; three seeds at 0.8M, 0.4M bytes each: " in said
+    assert "(three seeds at 0.25M, three seeds at 0.8M, 0.4M bytes each: " in said
+    fewer = make_entry("gpt2", [4.0, 4.1, 4.05], base=None, size="0.25M", steps=100)
+    said = made_up("{gpt2}, {gpt2 at 0.8M}", fewer + pair(), sizes='["0.25M", "0.8M"]')
+    assert "(three seeds at 0.25M, 0.2M bytes each; three seeds at 0.8M, 0.4M bytes each: " in said
 
 
 def test_a_power_law_and_what_it_says_of_full_size(made_up):

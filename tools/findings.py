@@ -352,14 +352,17 @@ def in_seeds(counts):
 
 def scale(finding, evidence):
     """On what runs an answer rests: sizes, tokens, seeds and the command that shows them."""
-    texts = []
+    seeds = []
+    tokens = []
     for size, here in evidence.items():
         groups = (here.cited or here.selected).values()
-        counts = {len(group.runs) for group in groups}
-        configs = [group.first.config for group in groups]
-        tokens = max(config["max_steps"] * config["batch_tokens"] for config in configs)
-        texts.append(f"{in_seeds(counts)} at {size}, {tokens / 1e6:.1f}M bytes each")
-    return f"({'; '.join(texts)}: `python -m tools.compare {finding.runs}`)"
+        seeds.append(f"{in_seeds({len(group.runs) for group in groups})} at {size}")
+        tokens.append(f"{max(map(tokens_of, groups)) / 1e6:.1f}M bytes each")
+    if len(set(tokens)) == 1:
+        text = ", ".join([*seeds, tokens[0]])
+    else:
+        text = "; ".join(f"{of_size}, {each}" for of_size, each in zip(seeds, tokens, strict=True))
+    return f"({text}: `python -m tools.compare {finding.runs}`)"
 
 
 def in_words(finding):
