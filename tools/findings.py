@@ -20,11 +20,10 @@ the answer names:
     {table of 6}            the loss of a table of six tokens, the one to guess
                             among them, by results/ngram.json; {table of 6,
                             entries} is how many there are in it
-    {exponent of llama}     b of the power law loss = a parameters^-b through
-                            the answer's sizes; {extrapolated llama} is the
-                            loss at 124M by it, with the interval by seeds,
-                            {extrapolated llama, by residuals} the interval
-                            by what the sizes are off the line
+    {extrapolated llama}    the loss at 124M by a power law through the
+                            answer's sizes, with its interval by seeds;
+                            {extrapolated llama, by residuals} is the interval
+                            by how far the sizes are off the line
     {lost with 16}          the least and the most that the runs in
                             results/context.json lose with 16 tokens of context
 
@@ -294,24 +293,24 @@ def lost_with(most, here):
     return f"{min(lost):.3f} to {max(lost):.3f}"
 
 
-def by_law(place, evidence):
-    """The text for {exponent of llama} and {extrapolated llama}. evidence: {size: Evidence}."""
-    inside, _, what = place.partition(", ")
-    name = inside.removeprefix("exponent of ").removeprefix("extrapolated ")
-    law = scaling.law_of({size: here.group(name) for size, here in evidence.items()}, scaling.parameters)
+def extrapolated(name, evidence):
+    """The loss at full size by the power law of an entry, and its interval. evidence: {size: Evidence}.
+
+    name: the entry, or the entry and ", by residuals" for that interval alone.
+    """
+    entry = name.removesuffix(", by residuals")
+    law = scaling.law_of({size: here.group(entry) for size, here in evidence.items()}, scaling.parameters)
     if law is None:
-        fineweb.fail(f"{FILE.name}: {{{place}}}: a power law needs {scaling.LEAST_SIZES} sizes")
-    if inside.startswith("exponent of "):
-        return with_half(law.b, law.b_half())
-    if what == "by residuals":
+        fineweb.fail(f"{FILE.name}: {{extrapolated {name}}}: a power law needs {scaling.LEAST_SIZES} sizes")
+    if entry != name:
         return scaling.ranged(law.beyond(scaling.TARGET))
     return f"{law.loss(scaling.TARGET):.3f} ({scaling.ranged(law.between(scaling.TARGET))})"
 
 
 def fill(finding, place, evidence):
     """The text for one place. evidence: {size: Evidence}. Raises SystemExit for a place that says nothing."""
-    if place.startswith(("exponent of ", "extrapolated ")):
-        return by_law(place, evidence)
+    if place.startswith("extrapolated "):
+        return extrapolated(place.removeprefix("extrapolated "), evidence)
     inside, _, size = place.partition(" at ")
     here = evidence.get(size or finding.sizes[0])
     if here is None:
