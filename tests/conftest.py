@@ -1,10 +1,15 @@
 """Shared fixtures. Everything runs on the CPU, without a network, on shapes of a few thousand parameters."""
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Before torch is loaded, and for the processes that the tests start: shapes are tiny, and `-n 2` has a process a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -47,7 +47,7 @@ def to_parse():
 def test_the_first_two_commands():
     assert CLONE.startswith("git clone ")
     assert COMMANDS[0] == "pip install -r requirements.txt && python train_gpt2.py --tiny"
-    assert COMMANDS[1] == "pip install -r requirements.txt && python -m pytest"
+    assert COMMANDS[1] == "pip install -r requirements.txt && python -m pytest -n 2"
     ci = (ROOT / ".ci/run").read_text()
     assert COMMANDS[0] in ci and COMMANDS[1] in ci
 
