@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is loaded, and for the processes that the tests start: shapes are tiny, and `-n 2` has a process a core.
+# Shapes are tiny, and pytest -n 2 has a process for each core, so a second thread only gets in the way.
+# Set before torch is loaded; the processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
