@@ -302,6 +302,18 @@ def test_more_seeds_and_chosen_runs(fake, run):
         assert first.startswith("$ OMP_NUM_THREADS=")
 
 
+def test_a_chosen_run_without_its_base_is_said(fake, run):
+    note = "note: --only leaves out what two is compared with: name one, too\n"
+    for chosen in (["two"], ["two", "one"], ["one"]):
+        status, said = run(study, "st.toml", "--seeds", "1", "--dry", "--only", *chosen)
+        assert status == 0 and said.count(note) == (chosen == ["two"]), said
+    assert run(study, "st.toml", "--seeds", "1", "--only", "one")[0] == 0
+    status, said = run(study, "st.toml", "--seeds", "1", "--only", "two")  # the collection has its base
+    assert status == 0 and "note:" not in said, said
+    said = run(study, "st.toml", "--seeds", "1", "2", "--only", "two", "--dry")[1]  # not with this seed
+    assert said.count(note) == 1, said
+
+
 def test_what_fails_is_named_and_the_others_go_on(fake, run):
     more = 'bad = { script = "fake", options = { n_head = 7 } }\n'
     more += 'worse = { script = "fake", options = { n_embd = 13 } }\n'

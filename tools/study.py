@@ -122,6 +122,16 @@ def set_done(job, run):
         job.seconds_per_step = run.median_ms / 1000
 
 
+def read_collection(collect):
+    """The runs of the collection, none if it isn't there yet. Raises SystemExit if it can't be read."""
+    if not collection.is_collection(collect):
+        return []
+    try:
+        return collection.read(collect)
+    except runs.Unreadable as reason:
+        fail(f"{reason}: take the line out, and its run is read from log/ or made again")
+
+
 def look_up(jobs, fingerprints, args):
     """Finds out which jobs are done, and which can't be, and adds to the collection what it lacks.
 
@@ -129,12 +139,7 @@ def look_up(jobs, fingerprints, args):
     can't be read.
     """
     collect = args.collect
-    collected = {}
-    if collection.is_collection(collect):
-        try:
-            collected = {run.folder.name: run for run in collection.read(collect)}
-        except runs.Unreadable as reason:
-            fail(f"{reason}: take the line out, and its run is read from log/ or made again")
+    collected = {run.folder.name: run for run in read_collection(collect)}
     missing = []
     outdated = {}
     for job in jobs:
@@ -204,6 +209,27 @@ def reuse(jobs, fingerprints, args):
         if not args.dry:
             add_to(args.collect, taken)
         notes.append(f"{len(taken)} of {len(jobs)} runs are the same as in {path}, and taken from there")
+    return notes
+
+
+def without_base(study, jobs, args):
+    """Notes on entries that --only takes without what they are compared with, a line each.
+
+    What the collection has of a base with the same size and seed, by now from --reuse as well, isn't missing.
+    """
+    there = set()
+    for run in read_collection(args.collect):
+        if run.study:
+            there.add((run.study["size"], run.study["entry"], run.seed))
+    missing = {}
+    for job in jobs:
+        size, entry = job.row
+        for base in study.runs[entry].bases():
+            if args.only and base not in args.only and (size, base, job.seed) not in there:
+                missing.setdefault(entry, {})[base] = None
+    notes = []
+    for entry, bases in missing.items():
+        notes.append(f"note: --only leaves out what {entry} is compared with: name {' and '.join(bases)}, too")
     return notes
 
 
@@ -518,7 +544,8 @@ def main():
     if not args.dry:
         fineweb.lock_folder(output_folder(study.name), "one start of a study at a time")
     fingerprints = look_at_data(jobs, args.dry)
-    for note in look_up(jobs, fingerprints, args) + reuse(jobs, fingerprints, args):
+    notes = look_up(jobs, fingerprints, args) + reuse(jobs, fingerprints, args)
+    for note in notes + without_base(study, jobs, args):
         print(note)
     if args.dry:
         show_commands(jobs, args)
