@@ -128,12 +128,15 @@ def test_the_list(run):
     assert max(map(len, said.splitlines())) <= 90
 
 
-def test_dry_run_of_a_variant(run):
-    status, said = run(study, "gpt2-rope", "--size", "0.25M", "--seeds", "4", "--jobs", "2", "--dry")
+def test_dry_run_of_a_variant(run, monkeypatch):
+    command = ("gpt2-rope", "--size", "0.25M", "--seeds", "4", "--jobs", "2", "--dry")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own, which the runs inherit
+    assert run(study, *command)[1].startswith("python train_gpt2.py --tiny ")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    status, said = run(study, *command)
     assert status == 0, said
     lines = said.splitlines()
-    begins = "python train_gpt2.py --tiny " if "OMP_NUM_THREADS" in os.environ else "OMP_NUM_THREADS="
-    assert lines[0].startswith(begins)
+    assert lines[0].startswith("OMP_NUM_THREADS=")
     assert lines[0].endswith("--n_embd 64 --seed 4 --run_name gpt2-rope-0.25M-gpt2-4")
     if not (ROOT / "train_gpt2_rope.py").exists():
         assert lines.pop(1) == "python -m tools.vary gpt2-rope"
@@ -293,13 +296,13 @@ def test_a_study_from_start_to_end(fake, run, monkeypatch):
     assert status == 0 and said.splitlines()[0] == line + "kept as done" and said.count("note:") == 1
 
 
-def test_more_seeds_and_chosen_runs(fake, run):
+def test_more_seeds_and_chosen_runs(fake, run, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     status, said = run(study, "st.toml", "--only", "two", "--seeds", "5", "6", "--steps", "4", "--jobs", "2")
     assert status == 0, said
     assert {name: max(val) for name, val in results().items()} == {"st-0.25M-two-5": 4, "st-0.25M-two-6": 4}
     first = Path("report/st/out/st-0.25M-two-5.txt").read_text()
-    if "OMP_NUM_THREADS" not in os.environ:
-        assert first.startswith("$ OMP_NUM_THREADS=")
+    assert first.startswith("$ OMP_NUM_THREADS=")
 
 
 def test_a_chosen_run_without_its_base_is_said(fake, run):

@@ -215,7 +215,7 @@ def reuse(jobs, fingerprints, args):
 def without_base(study, jobs, args):
     """Notes on entries that --only takes without what they are compared with, a line each.
 
-    What the collection has of a base with the same size and seed, by now from --reuse as well, isn't missing.
+    A base that the collection has already, with the same size and seed, isn't missing.
     """
     there = set()
     for run in read_collection(args.collect):
