@@ -15,13 +15,17 @@ ROPE = [2.0, 2.12, 2.03]
 
 @pytest.fixture
 def made_up(monkeypatch, tmp_path):
-    """made_up(answer, runs, **fields) -> the findings of one answer, whose collection has these runs."""
+    """made_up(answer, runs, **fields) -> the findings of one answer, whose collection has these runs.
 
-    def made_up(answer, runs, verdicts=(), **fields):
-        monkeypatch.setattr(findings.collection, "read", lambda path: runs)
+    runs may be {study: its runs}, where an answer takes more than one collection.
+    """
+
+    def made_up(answer, runs, verdicts=(), where="results/x", **fields):
+        read = (lambda path: runs[path.name]) if isinstance(runs, dict) else (lambda path: runs)
+        monkeypatch.setattr(findings.collection, "read", read)
         file = tmp_path / "findings.toml"
         lines = ['[[finding]]', 'topic = "seven"', 'question = "Is it?"', 'later = "who knows."']
-        lines.append('runs = "results/x"')
+        lines.append(f'runs = "{where}"')
         lines.append(f'answer = "{answer}"')
         lines += [f"{name} = {value}" for name, value in ({"sizes": '["0.8M"]'} | fields).items()]
         lines.append("[finding.verdicts]")
@@ -162,11 +166,16 @@ def budgets(entry, b, flops=1.6e6, ms=100.0, at_end=2.0, shifts=(0.0, 0.01, -0.0
     return found
 
 
-def ranked(monkeypatch, *entries, more=()):
+def by_study(*entries):
     runs = {"architectures": [], "rates": [], "pace": []}
     for entry in entries:
         for study, of_study in entry.items():
             runs[study] += of_study
+    return runs
+
+
+def ranked(monkeypatch, *entries, more=()):
+    runs = by_study(*entries)
     runs["architectures"] += more
     monkeypatch.setattr(findings.collection, "read", lambda path: runs[path.name])
     return findings.ranking()
@@ -187,6 +196,25 @@ def test_the_ranking_has_the_losses_at_equal_cost(monkeypatch):
         f"{level * 0.4**-0.1:.3f} ± {half * 0.4**-0.1:.3f}",
     ]  # fmt: skip
     assert made["gpt2"][1:] == ["1.00", "1.00", made["gpt2"][0], made["gpt2"][0]]
+
+
+def test_losses_at_equal_cost_in_an_answer(made_up):
+    slow = budgets("rwkv", 0.1, flops=2.0e6, ms=250.0, at_end=1.9)
+    runs = by_study(budgets("gpt2", 0.2), slow)
+    fields = {"sizes": '["0.25M"]', "where": "results/architectures"}
+    said = made_up("{rwkv, with gpt2's FLOPs} {rwkv - gpt2, in gpt2's time at 0.25M}", runs, **fields)
+    losses = [1.9, 1.91, 1.88]
+    alone = f"{statistics.mean(losses) * 0.8**-0.1:.3f} ± {verdicts.half_interval(losses) * 0.8**-0.1:.3f}"
+    pairs = zip(losses, [2.0, 2.01, 1.98], strict=True)
+    behind = [ours * 0.4**-0.1 - theirs for ours, theirs in pairs]
+    assert f"{alone} {statistics.mean(behind):+.3f} ± {verdicts.half_interval(behind):.3f} (" in said
+    untimed = by_study(budgets("gpt2", 0.2), slow | {"pace": []})
+    with pytest.raises(SystemExit, match="loss of rwkv at gpt2's time can't be told"):
+        made_up("{rwkv, in gpt2's time}", untimed, **fields)
+    with pytest.raises(SystemExit, match="only what is in results/architectures"):
+        made_up("{rwkv, in gpt2's time}", runs | {"x": runs["architectures"]}, sizes='["0.25M"]')
+    with pytest.raises(SystemExit, match="llama, ...}: only what is in"):
+        made_up("{llama, in gpt2's time}", runs, **fields)
 
 
 def test_no_loss_at_the_time_of_another_machine(monkeypatch):

@@ -17,6 +17,9 @@ the answer names:
                             at the end, as in {llama - gpt2, in % at 0.8M}
     {gemma x4 - gemma}      at another learning rate; without one the shared
                             rate, or with own_rate = true each one's best
+    {gemma, with gpt2's FLOPs}, {gemma - llama, in gpt2's time}
+                            as in the ranking's last columns, without a verdict:
+                            what they come to at GPT-2's cost
     {table of 6}            the loss of a table of six tokens, the one to guess
                             among them, by results/ngram.json; {table of 6,
                             entries} is how many there are in it
@@ -55,6 +58,7 @@ PACED = "results/pace"  # a few steps of each with nothing else on the machine, 
 REFERENCE = "gpt2"
 TABLES = "results/ngram.json"  # by tools.ngram
 CONTEXTS = "results/context.json"  # by tools.context
+COSTS = {f"with {REFERENCE}'s FLOPs": "FLOPs", f"in {REFERENCE}'s time": "time"}
 FARTHEST = 1.5  # times the tokens of a budget that a loss may be read off beyond it
 PLACE = re.compile(r"\{([^{}]*)\}")
 RATE = re.compile(r" x([0-9.]+)$")
@@ -157,20 +161,43 @@ def tokens_of(group):
 
 
 def losses_with(times, group, shorter):
-    """The losses of a Group with so many times its tokens, a list over seeds; empty if they can't be told.
+    """The losses of a Group with so many times its tokens, {seed: loss}; empty if they can't be told.
 
     On the straight line between log loss and log tokens through the Group and the one with fewer tokens,
     seed by seed. Both lowered their learning rate to the end, which a run that is cut short has not.
     """
     lowest = tokens_of(shorter) / tokens_of(group)
     if not lowest / FARTHEST <= times <= FARTHEST or lowest >= 1:
-        return []
-    losses = []
+        return {}
+    losses = {}
     for seed in sorted(group.seeds & shorter.seeds):
         ours, theirs = group.runs[seed], shorter.runs[seed]
         b = math.log(theirs.loss / ours.loss) / math.log(1 / lowest)
-        losses.append(ours.loss * times**-b)
+        losses[seed] = ours.loss * times**-b
     return losses
+
+
+def losses_at_cost(cost, entry, groups, shorter, paced):
+    """The losses of an entry with as many tokens as cost what the reference's do, {seed: loss}.
+
+    cost is "FLOPs" or "time". groups, shorter and paced are {entry: Group}: the runs, those with
+    fewer tokens, and those that were timed. Empty if they can't be told.
+    """
+    group = groups[entry]
+    reference = groups[REFERENCE]
+    if cost == "FLOPs":
+        times = reference.first.facts["flops_per_token"] / group.first.facts["flops_per_token"]
+    else:
+        times = pace(paced[entry], paced[REFERENCE]) if entry in paced else None
+    fewer = shorter.get(entry)
+    if not times or not fewer or effects.scale_of_loss(fewer.first) != effects.scale_of_loss(group.first):
+        return {}
+    return losses_with(times, group, fewer)
+
+
+def shorter_runs(size):
+    """{entry: Group} of the same architectures with fewer tokens; none if a size has none."""
+    return Evidence(SHORTER, size).selected if size in effects.by_size(studied(SHORTER)) else {}
 
 
 def tables(run):
@@ -187,14 +214,12 @@ def tables(run):
         fineweb.fail(f"{TABLES} can't be read: {getattr(error, 'strerror', None) or error}")
 
 
-def cost_cells(group, reference, shorter, speed):
+def cost_cells(entry, groups, shorter, paced):
     """Cells: FLOPs per token, tokens/s over the reference's, and the losses at its FLOPs and its time."""
-    flops = group.first.facts["flops_per_token"] / reference.first.facts["flops_per_token"]
-    cells = [f"{flops:.2f}", "–" if speed is None else f"{speed:.2f}"]
-    for times in (1 / flops, speed):
-        losses = []
-        if times and shorter and effects.scale_of_loss(shorter.first) == effects.scale_of_loss(group.first):
-            losses = losses_with(times, group, shorter)
+    speed = pace(paced[entry], paced[REFERENCE]) if entry in paced else None
+    cells = [ratio(groups[entry], groups[REFERENCE], "flops"), "–" if speed is None else f"{speed:.2f}"]
+    for cost in ("FLOPs", "time"):
+        losses = list(losses_at_cost(cost, entry, groups, shorter, paced).values())
         cells.append(with_half(statistics.mean(losses), verdicts.half_interval(losses)) if losses else "–")
     return cells
 
@@ -208,7 +233,7 @@ def ranking():
     sizes = list(effects.by_size(studied(RANKED)))
     at = {size: Evidence(RANKED, size) for size in sizes}
     own = {size: Evidence(RANKED, size, own_rate=True) for size in sizes}
-    shorter = Evidence(SHORTER, sizes[0]) if sizes[0] in effects.by_size(studied(SHORTER)) else None
+    shorter = shorter_runs(sizes[0])
     paced = Evidence(PACED, sizes[0]).selected
     most = max(len(here.selected) for here in at.values())
     last = [size for size in sizes if len(at[size].selected) == most][-1]
@@ -227,12 +252,7 @@ def ranking():
                 mine = own[size].selected.get(entry)
                 row.append("–" if mine is None else f"{mean_loss(mine)} at x{mine.rate:g}")
         first = at[sizes[0]].selected
-        fewer = shorter.selected.get(entry) if shorter else None
-        if entry in first:
-            speed = pace(paced[entry], paced[REFERENCE]) if entry in paced else None
-            row += cost_cells(first[entry], first[REFERENCE], fewer, speed)
-        else:
-            row += ["–"] * 4
+        row += cost_cells(entry, first, shorter, paced) if entry in first else ["–"] * 4
         rows.append((best.mean(), row))
     for tokens, (loss, entries) in tables(at[last].selected[REFERENCE].first).items():
         if tokens > 1:
@@ -307,6 +327,28 @@ def extrapolated(name, evidence):
     return f"{law.loss(scaling.TARGET):.3f} ({scaling.ranged(law.between(scaling.TARGET))})"
 
 
+def at_cost(finding, inside, cost, size):
+    """The text for the loss of an entry at the reference's FLOPs or time, or for the difference of two.
+
+    There is no verdict on it, since it is read off a line.
+    """
+    groups = Evidence(finding.runs, size).selected
+    shorter = shorter_runs(size)
+    paced = Evidence(PACED, size).selected
+    losses = []
+    for entry in inside.split(" - "):
+        if finding.runs != RANKED or entry not in groups:
+            fineweb.fail(f"{FILE.name}: {{{inside}, ...}}: only what is in {RANKED} has losses at equal cost")
+        losses.append(losses_at_cost(cost, entry, groups, shorter, paced))
+        if not losses[-1]:
+            fineweb.fail(f"{FILE.name}: the loss of {entry} at {REFERENCE}'s {cost} can't be told")
+    if len(losses) == 1:
+        values = list(losses[0].values())
+        return with_half(statistics.mean(values), verdicts.half_interval(values))
+    loss, _ = effects.paired_loss(*losses)
+    return with_half(loss.difference, loss.half, 3, "+")
+
+
 def fill(finding, place, evidence):
     """The text for one place. evidence: {size: Evidence}. Raises SystemExit for a place that says nothing."""
     if place.startswith("extrapolated "):
@@ -325,6 +367,8 @@ def fill(finding, place, evidence):
     if inside.startswith("lost with "):
         return lost_with(inside.removeprefix("lost with "), here)
     inside, _, what = inside.partition(", ")
+    if what in COSTS:
+        return at_cost(finding, inside, COSTS[what], size or finding.sizes[0])
     if " / " in inside:
         return ratio(*map(here.group, inside.split(" / ")), what)
     if " - " not in inside:
