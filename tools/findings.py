@@ -18,8 +18,8 @@ the answer names:
     {gemma x4 - gemma}      at another learning rate; without one the shared
                             rate, or with own_rate = true each one's best
     {gemma, with gpt2's FLOPs}, {gemma - llama, in gpt2's time}
-                            as in the ranking's last columns, without a verdict:
-                            what they come to at GPT-2's cost
+                            what they come to at GPT-2's cost, as in the last
+                            columns of the ranking, without a verdict
     {table of 6}            the loss of a table of six tokens, the one to guess
                             among them, by results/ngram.json; {table of 6,
                             entries} is how many there are in it
