@@ -211,10 +211,14 @@ def test_losses_at_equal_cost_in_an_answer(made_up):
     untimed = by_study(budgets("gpt2", 0.2), slow | {"pace": []})
     with pytest.raises(SystemExit, match="loss of rwkv at gpt2's time can't be told"):
         made_up("{rwkv, in gpt2's time}", untimed, **fields)
-    with pytest.raises(SystemExit, match="only what is in results/architectures"):
-        made_up("{rwkv, in gpt2's time}", runs | {"x": runs["architectures"]}, sizes='["0.25M"]')
-    with pytest.raises(SystemExit, match="llama, ...}: only what is in"):
+    with pytest.raises(SystemExit, match="results/architectures at 0.25M has no run of llama"):
         made_up("{llama, in gpt2's time}", runs, **fields)
+    faster = budgets("rwkv", 0.1)["architectures"]
+    for each in faster:
+        each.study["rate"] = 2.0  # and none with fewer tokens has it
+    swept = by_study(budgets("gpt2", 0.2), slow, {"architectures": faster})
+    with pytest.raises(SystemExit, match="loss of rwkv x2 at gpt2's FLOPs can't be told"):
+        made_up("{rwkv x2, with gpt2's FLOPs}", swept, **fields)
 
 
 def test_no_loss_at_the_time_of_another_machine(monkeypatch):

@@ -177,20 +177,20 @@ def losses_with(times, group, shorter):
     return losses
 
 
-def losses_at_cost(cost, entry, groups, shorter, paced):
-    """The losses of an entry with as many tokens as cost what the reference's do, {seed: loss}.
+def losses_at_cost(cost, group, reference, shorter, paced):
+    """The losses of a Group with as many tokens as cost what the reference Group's do, {seed: loss}.
 
-    cost is "FLOPs" or "time". groups, shorter and paced are {entry: Group}: the runs, those with
-    fewer tokens, and those that were timed. Empty if they can't be told.
+    cost is "FLOPs" or "time". shorter and paced are {entry: Group}: runs with fewer tokens, and runs that
+    were timed. Empty if they can't be told.
     """
-    group = groups[entry]
-    reference = groups[REFERENCE]
     if cost == "FLOPs":
         times = reference.first.facts["flops_per_token"] / group.first.facts["flops_per_token"]
     else:
-        times = pace(paced[entry], paced[REFERENCE]) if entry in paced else None
-    fewer = shorter.get(entry)
-    if not times or not fewer or effects.scale_of_loss(fewer.first) != effects.scale_of_loss(group.first):
+        times = pace(paced[group.entry], paced[reference.entry]) if group.entry in paced else None
+    fewer = shorter.get(group.entry)
+    if not times or not fewer or fewer.rate != group.rate:
+        return {}
+    if effects.scale_of_loss(fewer.first) != effects.scale_of_loss(group.first):
         return {}
     return losses_with(times, group, fewer)
 
@@ -214,13 +214,13 @@ def tables(run):
         fineweb.fail(f"{TABLES} can't be read: {getattr(error, 'strerror', None) or error}")
 
 
-def cost_cells(entry, groups, shorter, paced):
+def cost_cells(group, reference, shorter, paced):
     """Cells: FLOPs per token, tokens/s over the reference's, and the losses at its FLOPs and its time."""
-    speed = pace(paced[entry], paced[REFERENCE]) if entry in paced else None
-    cells = [ratio(groups[entry], groups[REFERENCE], "flops"), "–" if speed is None else f"{speed:.2f}"]
+    speed = pace(paced[group.entry], paced[reference.entry]) if group.entry in paced else None
+    cells = [ratio(group, reference, "flops"), "–" if speed is None else f"{speed:.2f}"]
     for cost in ("FLOPs", "time"):
-        losses = list(losses_at_cost(cost, entry, groups, shorter, paced).values())
-        cells.append(with_half(statistics.mean(losses), verdicts.half_interval(losses)) if losses else "–")
+        losses = losses_at_cost(cost, group, reference, shorter, paced)
+        cells.append(mean_of(losses) if losses else "–")
     return cells
 
 
@@ -247,12 +247,15 @@ def ranking():
     for entry, best in at[last].selected.items():
         row = [entry]
         for size in sizes:
-            row.append(mean_loss(at[size].selected[entry]) if entry in at[size].selected else "–")
+            row.append(mean_of(at[size].selected[entry].losses()) if entry in at[size].selected else "–")
             if own[size].selected != at[size].selected:
                 mine = own[size].selected.get(entry)
-                row.append("–" if mine is None else f"{mean_loss(mine)} at x{mine.rate:g}")
+                row.append("–" if mine is None else f"{mean_of(mine.losses())} at x{mine.rate:g}")
         first = at[sizes[0]].selected
-        row += cost_cells(entry, first, shorter, paced) if entry in first else ["–"] * 4
+        if entry in first:
+            row += cost_cells(first[entry], first[REFERENCE], shorter, paced)
+        else:
+            row += ["–"] * 4
         rows.append((best.mean(), row))
     for tokens, (loss, entries) in tables(at[last].selected[REFERENCE].first).items():
         if tokens > 1:
@@ -275,8 +278,10 @@ def with_half(value, half, digits=3, sign=""):
     return text if half is None else f"{text} ± {half:.{digits}f}"
 
 
-def mean_loss(group):
-    return with_half(group.mean(), verdicts.half_interval(list(group.losses().values())))
+def mean_of(losses):
+    """The mean of {seed: loss} with its interval."""
+    values = list(losses.values())
+    return with_half(statistics.mean(values), verdicts.half_interval(values))
 
 
 def ratio(ours, theirs, what):
@@ -327,24 +332,20 @@ def extrapolated(name, evidence):
     return f"{law.loss(scaling.TARGET):.3f} ({scaling.ranged(law.between(scaling.TARGET))})"
 
 
-def at_cost(finding, inside, cost, size):
+def at_cost(inside, cost, size, here):
     """The text for the loss of an entry at the reference's FLOPs or time, or for the difference of two.
 
     There is no verdict on it, since it is read off a line.
     """
-    groups = Evidence(finding.runs, size).selected
     shorter = shorter_runs(size)
     paced = Evidence(PACED, size).selected
     losses = []
-    for entry in inside.split(" - "):
-        if finding.runs != RANKED or entry not in groups:
-            fineweb.fail(f"{FILE.name}: {{{inside}, ...}}: only what is in {RANKED} has losses at equal cost")
-        losses.append(losses_at_cost(cost, entry, groups, shorter, paced))
+    for name in inside.split(" - "):
+        losses.append(losses_at_cost(cost, here.group(name), here.group(REFERENCE), shorter, paced))
         if not losses[-1]:
-            fineweb.fail(f"{FILE.name}: the loss of {entry} at {REFERENCE}'s {cost} can't be told")
+            fineweb.fail(f"{FILE.name}: the loss of {name} at {REFERENCE}'s {cost} can't be told")
     if len(losses) == 1:
-        values = list(losses[0].values())
-        return with_half(statistics.mean(values), verdicts.half_interval(values))
+        return mean_of(losses[0])
     loss, _ = effects.paired_loss(*losses)
     return with_half(loss.difference, loss.half, 3, "+")
 
@@ -368,11 +369,11 @@ def fill(finding, place, evidence):
         return lost_with(inside.removeprefix("lost with "), here)
     inside, _, what = inside.partition(", ")
     if what in COSTS:
-        return at_cost(finding, inside, COSTS[what], size or finding.sizes[0])
+        return at_cost(inside, COSTS[what], size or finding.sizes[0], here)
     if " / " in inside:
         return ratio(*map(here.group, inside.split(" / ")), what)
     if " - " not in inside:
-        return mean_loss(here.group(inside))
+        return mean_of(here.group(inside).losses())
     ours, theirs = map(here.group, inside.split(" - "))
     loss, verdict = here.compare(ours, theirs)
     key = f"{inside} at {size}" if size else inside
