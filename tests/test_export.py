@@ -178,6 +178,25 @@ def test_files_have_the_permissions_of_any_other_file(tmp_path, monkeypatch):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
+@pytest.mark.parametrize("name", ["gpt2", "rwkv", "mta"])
+def test_an_export_that_is_stopped_leaves_nothing(name, tmp_path, monkeypatch):
+    trained(name, tmp_path / "run")
+    held = []
+
+    def stopped(*_):  # when the weights are written, and the card isn't yet
+        held.extend((tmp_path / "out").rglob("model.*"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "model_card", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            call(monkeypatch, tmp_path / "run", "--out", tmp_path / "out")
+    assert held and not any((tmp_path / "out").iterdir())
+    call(monkeypatch, tmp_path / "run", "--out", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "README.md" in names and names & {"model.safetensors", "model.pth"}
+
+
 def write_log(folder, script, *events):
     """A log.jsonl of one start and these events."""
     start = {

@@ -19,6 +19,7 @@ out as another model.
 import argparse
 import ast
 import base64
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -48,6 +49,16 @@ def check_out(out):
         fineweb.fail(f"--out {out} is a file: give a folder that is empty or not there yet")
     if out.exists() and any(out.iterdir()):
         fineweb.fail(f"{out} is not empty: choose another --out, or remove it")
+
+
+@contextlib.contextmanager
+def all_or_nothing(out):
+    """A folder to write into. Its files go to `out` at the end, and none does if the writing fails."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=out) as scratch:
+        yield Path(scratch)
+        for path in list(Path(scratch).iterdir()):
+            path.rename(out / path.name)
 
 
 def import_script(name, folder):
@@ -244,8 +255,8 @@ def code(*lines):
     return "\n".join(["", "```python", *lines, "```"])
 
 
-def write_hf(name, config, checkpoint, trained, out):
-    """Writes transformers' model and tokenizer; returns how to load them, in Markdown."""
+def write_hf(name, config, checkpoint, trained, folder, out):
+    """Writes transformers' model and tokenizer into a folder; returns how to load them from `out`."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # one of a single step
@@ -257,8 +268,8 @@ def write_hf(name, config, checkpoint, trained, out):
     model.config.update({"bos_token_id": end, "eos_token_id": end})
     model.generation_config.update(bos_token_id=end, eos_token_id=end, do_sample=True, top_k=50)
     model.generation_config.update(suppress_tokens=padding or None)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     how = "Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`."
     left_out = trained - sum(p.numel() for p in model.parameters())
     if left_out:
@@ -272,23 +283,23 @@ def write_hf(name, config, checkpoint, trained, out):
     )
 
 
-def write_official_rwkv(config, checkpoint, out):
-    """Writes the authors' .pth; returns how to load it, in Markdown."""
+def write_official_rwkv(config, checkpoint, folder):
+    """Writes the authors' .pth into a folder; returns how to load it, in Markdown."""
     state_dict = weights.to_official_rwkv(checkpoint["model"], config)
-    fineweb.write_atomic(out / "model.pth", lambda f: torch.save(state_dict, f))
+    fineweb.write_atomic(folder / "model.pth", lambda f: torch.save(state_dict, f))
     how = "`RWKV(model='model', strategy='cpu fp32')` of the package `rwkv` loads it (with RWKV_V7_ON=1)."
     tokenizer = checkpoint["data"]["tokenizer"]
     return f"{how}\n\nIts tokens are those of `fineweb.get_tokenizer({tokenizer!r})`."
 
 
-def write_safetensors(name, checkpoint, out):
-    """Writes the tensors under our names; returns how to load them, in Markdown."""
+def write_safetensors(name, checkpoint, folder, out):
+    """Writes the tensors under our names into a folder; returns how to load them from `out`."""
     from safetensors.torch import save_file
 
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint["model"].items()}
-    save_file(tensors, out / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     fields = {"architecture": name, **checkpoint["config"]}
-    (out / "config.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
     print(f"{name}: no library has a class for it, so the safetensors have train_{name}.py's names")
     how = f"No library has a class for this architecture: load it with `train_{name}.py`'s Model."
     return how + "\n" + code(
@@ -315,20 +326,19 @@ def export(folder, out):
     name = script.__name__.removeprefix("train_")
     trained, _ = count_parameters(script, config)
     check_out(out)
-    out.mkdir(parents=True, exist_ok=True)
-    library = None
-    if name in weights.HF_CLASSES:
-        library = "transformers"
-        how = write_hf(name, config, checkpoint, trained, out)
-    elif name == "rwkv":
-        how = write_official_rwkv(config, checkpoint, out)
-    else:
-        how = write_safetensors(name, checkpoint, out)
-    card = model_card(name, config, checkpoint, log, no_log, trained, library, how)
-    readme = out / "README.md"
-    readme.write_text(card, encoding="utf-8")
-    for path in out.iterdir():  # safetensors makes files that only their owner can read
-        path.chmod(readme.stat().st_mode)
+    library = "transformers" if name in weights.HF_CLASSES else None
+    with all_or_nothing(out) as part:
+        if library:
+            how = write_hf(name, config, checkpoint, trained, part, out)
+        elif name == "rwkv":
+            how = write_official_rwkv(config, checkpoint, part)
+        else:
+            how = write_safetensors(name, checkpoint, part, out)
+        card = model_card(name, config, checkpoint, log, no_log, trained, library, how)
+        readme = part / "README.md"
+        readme.write_text(card, encoding="utf-8")
+        for path in part.iterdir():  # safetensors makes files that only their owner can read
+            path.chmod(readme.stat().st_mode)
     print(f"{out}: {how.splitlines()[0]}")
 
 
@@ -425,11 +435,11 @@ def import_weights(source, out):
         "vocab_size": fineweb.VOCAB_SIZE[tokenizer],
         "fingerprint": "",  # of no tokens, so the first dataset that it meets is another one
     }
-    out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.optimizer_groups())  # without moments, as before the first step
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    fineweb.keep_copy(Path(script.__file__), out)
+    out.mkdir(parents=True, exist_ok=True)
     script.save_checkpoint(out, 0, config, data, model, optimizer, scaler)
+    fineweb.keep_copy(Path(script.__file__), out)
     print_next(script, config, tokenizer, out)
 
 
