@@ -8,6 +8,7 @@ from conftest import ROOT
 from tools import effects, findings
 
 EVIDENCE = re.sub(r"\s+", " ", (ROOT / "results/README.md").read_text(encoding="utf-8"))
+WRITTEN = re.findall(r"\d\.\d+ ± \d\.\d+", EVIDENCE)
 # Not of two entries: the mean of two differences, and losses read off too far for tools.findings.
 OTHERS = {"0.026 ± 0.020", "0.022 ± 0.028", "0.057 ± 0.032", "0.012 ± 0.025"}
 
@@ -31,11 +32,11 @@ def studies():
     return found
 
 
-def at_equal_cost(size, shorter):
-    """The seven's {seed: loss} with the FLOPs of each of them, and in its time: a list for each of these."""
+def at_equal_cost(cost, size, shorter):
+    """The seven's {seed: loss} with the FLOPs of each of them, or in its time: a list for each of these."""
     paced = findings.Evidence(findings.PACED, "0.25M").selected
-    groups = findings.Evidence("results/architectures", size).selected.values()
-    for cost, reference in itertools.product(("FLOPs", "time"), groups):
+    groups = findings.Evidence(findings.RANKED, size).selected.values()
+    for reference in groups:
         others = [group for group in groups if group is not reference]
         losses = [findings.losses_at_cost(cost, group, reference, shorter, paced) for group in others]
         yield [reference.losses(), *filter(None, losses)]
@@ -45,23 +46,22 @@ def at_equal_cost(size, shorter):
 def known():
     found = studies()
     sets = [entries.values() for entries in found.values()]
-    sets += at_equal_cost("0.25M", findings.shorter_runs("0.25M"))
-    sets += at_equal_cost("0.8M", findings.Evidence("results/ablations", "0.8M").selected)
+    sets += at_equal_cost("FLOPs", "0.25M", findings.shorter_runs("0.25M"))
+    sets += at_equal_cost("time", "0.25M", findings.shorter_runs("0.25M"))
+    sets += at_equal_cost("FLOPs", "0.8M", findings.Evidence("results/ablations", "0.8M").selected)
     for size in ("0.25M", "0.8M"):  # these two studies put together: the seeds are others
         hybrids = found["results/hybrids", size]
-        titan = found.get(("results/titan", size), {})
+        titan = found["results/titan", size]
         sets.append([hybrids[entry] | titan[entry] for entry in hybrids.keys() & titan.keys()])
     return {text for losses in sets for text in intervals(losses)}
 
 
 def test_intervals_are_of_the_runs(known):
-    written = re.findall(r"\d\.\d+ ± \d\.\d+", EVIDENCE)
-    assert len(written) > 30 and OTHERS <= set(written)
-    assert [text for text in written if text not in known | OTHERS] == []
+    assert len(WRITTEN) > 30 and OTHERS <= set(WRITTEN)
+    assert [text for text in WRITTEN if text not in known | OTHERS] == []
 
 
 def test_most_intervals_that_are_a_unit_off_are_not(known):
     """Or the test above would say little."""
-    written = set(re.findall(r"\d\.\d+ ± \d\.\d+", EVIDENCE)) - OTHERS
-    off = [f"{float(text[:5]) + 0.001:.3f}{text[5:]}" for text in written]
+    off = [f"{float(text[:5]) + 0.001:.3f}{text[5:]}" for text in set(WRITTEN) - OTHERS]
     assert sum(text in known for text in off) < len(off) / 3

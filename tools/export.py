@@ -439,7 +439,7 @@ def import_weights(source, out):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     out.mkdir(parents=True, exist_ok=True)
     script.save_checkpoint(out, 0, config, data, model, optimizer, scaler)
-    fineweb.keep_copy(Path(script.__file__), out)
+    fineweb.keep_copy(Path(script.__file__), out)  # last, so what is stopped before it can be tried again
     print_next(script, config, tokenizer, out)
 
 
