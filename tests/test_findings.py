@@ -11,6 +11,7 @@ from tools import findings, scaling, verdicts
 
 GPT2 = [3.0, 3.1, 3.05]
 ROPE = [2.0, 2.12, 2.03]
+DEFAULTS = {"sizes": '["0.8M"]', "later": '"who knows."'}
 
 
 @pytest.fixture
@@ -24,10 +25,10 @@ def made_up(monkeypatch, tmp_path):
         read = (lambda path: runs[path.name]) if isinstance(runs, dict) else (lambda path: runs)
         monkeypatch.setattr(findings.collection, "read", read)
         file = tmp_path / "findings.toml"
-        lines = ['[[finding]]', 'topic = "seven"', 'question = "Is it?"', 'later = "who knows."']
+        lines = ['[[finding]]', 'topic = "seven"', 'question = "Is it?"']
         lines.append(f'runs = "{where}"')
         lines.append(f'answer = "{answer}"')
-        lines += [f"{name} = {value}" for name, value in ({"sizes": '["0.8M"]'} | fields).items()]
+        lines += [f"{name} = {value}" for name, value in (DEFAULTS | fields).items()]
         lines.append("[finding.verdicts]")
         lines += [f'"{place}" = "{verdict}"' for place, verdict in dict(verdicts).items()]
         file.write_text("\n".join(lines))
@@ -60,6 +61,25 @@ def test_the_seeds_are_those_of_the_entries_in_the_answer(made_up):
     assert "(three seeds at 0.8M" in made_up("{gpt2-rope}", pair() + more)
     assert "(two to three seeds at 0.8M" in made_up("{gpt2-nope} and {gpt2}", pair() + more)
     assert "(two to three seeds at 0.8M" in made_up("No numbers.", pair() + more)
+
+
+def test_differences_before_the_end_and_parts_of_others(made_up):
+    nope = [3.3, 3.36, 3.34]
+    runs = pair() + make_entry("gpt2-nope", nope)
+    said = made_up("{gpt2-rope - gpt2, after step 100}", runs)  # where a made-up loss is halfway from 5.5
+    halved = [(ours - theirs) / 2 for ours, theirs in zip(ROPE, GPT2, strict=True)]
+    assert f"** {statistics.mean(halved):+.3f} ± {verdicts.half_interval(halved):.3f} (" in said
+    share = (statistics.mean(nope) - 3.05) / (statistics.mean(ROPE) - 3.05)
+    said = made_up("{gpt2-nope - gpt2, as part of gpt2-rope - gpt2}", runs)
+    assert f"** {100 * share:.0f}% (" in said and share < 0
+    for step in ("150", "ten"):
+        with pytest.raises(SystemExit, match=f"gpt2-rope has no validation loss at step {step}"):
+            made_up(f"{{gpt2-rope - gpt2, after step {step}}}", runs)
+
+
+def test_what_may_change_it_may_have_numbers(made_up):
+    said = made_up("Yes.", pair(), later='"{gpt2-rope - gpt2, after step 100} was it."')
+    assert "*At full size:* -0.500 ± 0.025 was it.\n" in said
 
 
 def test_times_of_two_machines_are_not_compared(made_up):

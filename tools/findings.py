@@ -11,6 +11,10 @@ the answer names:
     {llama}                 the mean final loss of an entry over its seeds
     {llama - gpt2}          the difference of two, paired over seeds
     {llama - gpt2, in %}    the same in percent of the second one's loss
+    {llama - gpt2, after step 1000}
+                            what it was before the end, without a verdict
+    {mta - llama, as part of rwkv - llama}
+                            one difference of means in percent of another
     {llama / gpt2, flops}   the ratio of FLOPs per token; also: parameters,
                             active (parameters at work on a token), tokens/s
     {llama at 0.8M}         at another size than the answer's first one;
@@ -60,6 +64,8 @@ TABLES = "results/ngram.json"  # by tools.ngram
 CONTEXTS = "results/context.json"  # by tools.context
 COSTS = {f"with {REFERENCE}'s FLOPs": "FLOPs", f"in {REFERENCE}'s time": "time"}
 FARTHEST = 1.5  # times the tokens of a budget that a loss may be read off beyond it
+AFTER = "after step "
+PART = "as part of "
 PLACE = re.compile(r"\{([^{}]*)\}")
 RATE = re.compile(r" x([0-9.]+)$")
 RATIOS = {"flops": "flops_per_token", "parameters": "parameters", "active": "active_parameters"}
@@ -71,7 +77,7 @@ class Finding(msgspec.Struct, forbid_unknown_fields=True):
 
     topic: Literal["seven", "hybrids", "changes"]  # the README has each in a part of its own
     question: str
-    answer: str  # with places for numbers
+    answer: str  # with places for numbers, as later may have them
     runs: str  # the collection, as results/architectures
     sizes: list[str]  # of it, as ["0.25M"]
     later: str  # what may change it at 124M and 10B tokens
@@ -350,6 +356,17 @@ def at_cost(inside, cost, size, here):
     return with_half(loss.difference, loss.half, 3, "+")
 
 
+def after_step(step, ours, theirs, where):
+    """The text for the difference of two Groups at a step, a string, before their last."""
+    losses = []
+    for group in (ours, theirs):
+        if not step.isdigit() or any(int(step) not in run.val for run in group.runs.values()):
+            fineweb.fail(f"{where}: {group.name} has no validation loss at step {step}")
+        losses.append({seed: run.val[int(step)] for seed, run in group.runs.items()})
+    loss, _ = effects.paired_loss(*losses)
+    return with_half(loss.difference, loss.half, 3, "+")
+
+
 def fill(finding, place, evidence):
     """The text for one place. evidence: {size: Evidence}. Raises SystemExit for a place that says nothing."""
     if place.startswith("extrapolated "):
@@ -375,7 +392,12 @@ def fill(finding, place, evidence):
     if " - " not in inside:
         return mean_of(here.group(inside).losses())
     ours, theirs = map(here.group, inside.split(" - "))
+    if what.startswith(AFTER):
+        return after_step(what.removeprefix(AFTER), ours, theirs, here.where)
     loss, verdict = here.compare(ours, theirs)
+    if what.startswith(PART):
+        other, _ = here.compare(*map(here.group, what.removeprefix(PART).split(" - ")))
+        return f"{100 * loss.difference / other.difference:.0f}%"
     key = f"{inside} at {size}" if size else inside
     if finding.verdicts.get(key) != verdict:
         said = finding.verdicts.get(key, "nothing")
@@ -412,8 +434,11 @@ def scale(finding, evidence):
 def in_words(finding):
     """A Finding as a paragraph. Raises SystemExit, with one line, if it isn't what the runs say."""
     evidence = {size: Evidence(finding.runs, size, finding.own_rate) for size in finding.sizes}
-    answer = PLACE.sub(lambda found: fill(finding, found[1], evidence), finding.answer)
-    return f"**{finding.question}** {answer} {scale(finding, evidence)} *At full size:* {finding.later}\n"
+    answer, later = [
+        PLACE.sub(lambda found: fill(finding, found[1], evidence), text)
+        for text in (finding.answer, finding.later)
+    ]
+    return f"**{finding.question}** {answer} {scale(finding, evidence)} *At full size:* {later}\n"
 
 
 def findings(topic=None, file=FILE):
