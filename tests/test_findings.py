@@ -205,8 +205,8 @@ def test_the_ranking_has_the_losses_at_equal_cost(monkeypatch):
     slow = budgets("rwkv", 0.1, flops=2.0e6, ms=250.0, at_end=1.9)
     said = ranked(monkeypatch, budgets("gpt2", 0.2), slow)
     made = rows(said)
-    assert made["architecture"] == ["loss at 0.25M", "FLOPs per token", "tokens/s", "loss at gpt2's FLOPs",
-                                    "loss at gpt2's time"]  # fmt: skip
+    assert made["architecture"] == ["loss at 0.25M", "x gpt2's FLOPs per token", "x gpt2's tokens/s",
+                                    "0.25M at gpt2's FLOPs", "0.25M in gpt2's time"]  # fmt: skip
     assert list(made)[2:] == ["rwkv", "gpt2"]  # by loss
     half = verdicts.half_interval([1.9, 1.91, 1.88])
     level = statistics.mean([1.9, 1.91, 1.88])
@@ -276,7 +276,7 @@ def test_tables_stand_between_the_architectures(monkeypatch, tmp_path):
     write_tables(tmp_path, monkeypatch)
     entries = budgets("gpt2", 0.2), budgets("rwkv", 0.1, at_end=1.9)
     made = rows(ranked(monkeypatch, *entries))
-    two, three = "*a table of 2 bytes, 1.2k entries*", "*a table of 3 bytes, 3.4M entries*"
+    two, three = "*2-gram table, 1.2k entries*", "*3-gram table, 3.4M entries*"
     assert list(made)[2:] == ["rwkv", three, "gpt2", two]
     assert made[three] == ["1.950", "–", "–", "–", "–"]
     for other in ({"steps": 400}, {"block_size": 128}, {"val_tokens": 2048}):  # on what these runs didn't see
@@ -314,7 +314,7 @@ def test_the_ranking_goes_by_the_largest_size_that_all_have(monkeypatch):
     more = make_entry("gpt2", [1.5, 1.5, 1.6], base=None, study="architectures", size="0.8M")
     own = make_entry("rwkv", [1.8, 1.8, 1.9], study="architectures", size="0.25M", rate=2.0, steps=800)
     made = rows(ranked(monkeypatch, budgets("gpt2", 0.2), budgets("rwkv", 0.1, at_end=1.9), more=more + own))
-    assert made["architecture"][:3] == ["loss at 0.25M", "at its own rate", "loss at 0.8M"]
+    assert made["architecture"][:3] == ["loss at 0.25M", "0.25M, own rate", "loss at 0.8M"]
     assert list(made)[2:] == ["rwkv", "gpt2"]
     assert made["rwkv"][1].endswith(" at x2") and made["rwkv"][2] == "–"
     assert made["gpt2"][1].endswith(" at x1")

@@ -247,8 +247,9 @@ def ranking():
     for size in sizes:
         head.append(f"loss at {size}")
         if own[size].selected != at[size].selected:
-            head.append("at its own rate")
-    head += ["FLOPs per token", "tokens/s", f"loss at {REFERENCE}'s FLOPs", f"loss at {REFERENCE}'s time"]
+            head.append(f"{size}, own rate")
+    head += [f"x {REFERENCE}'s FLOPs per token", f"x {REFERENCE}'s tokens/s"]
+    head += [f"{sizes[0]} at {REFERENCE}'s FLOPs", f"{sizes[0]} in {REFERENCE}'s time"]
     rows = []
     for entry, best in at[last].selected.items():
         row = [entry]
@@ -265,7 +266,7 @@ def ranking():
         rows.append((best.mean(), row))
     for tokens, (loss, entries) in tables(at[last].selected[REFERENCE].first).items():
         if tokens > 1:
-            name = f"*a table of {tokens} bytes, {fineweb.short(entries)} entries*"
+            name = f"*{tokens}-gram table, {fineweb.short(entries)} entries*"
             row = [name] + ["–"] * (len(head) - 1)
             row[head.index(f"loss at {last}")] = f"{loss:.3f}"
             rows.append((loss, row))
