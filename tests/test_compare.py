@@ -293,7 +293,7 @@ def test_the_first_line_names_what_can_not_be_told(tmp_path, run_tool):
     first = said.splitlines()[2]
     assert status == 0
     assert first.startswith("Of four, gpt2, n_layer 1 has the lowest validation loss, 2.0200 ± ")
-    assert "; it can't be told from (gpt2, n_layer 2); one seed says nothing of (gpt2, n_layer 4)." in first
+    assert "; it can't be told apart from (gpt2, n_layer 2); one seed says nothing of (gpt2, n_layer 4)." in first
 
 
 def test_unfair_runs_are_ranked_apart_with_the_reason(tmp_path, run_tool):

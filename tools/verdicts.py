@@ -292,7 +292,7 @@ def headline(ranked, differences):
         elif pair.verdict() == UNTOLD:
             untold.append(other.name)
     if untold:
-        text += f"; it can't be told from {listed(untold)}"
+        text += f"; it can't be told apart from {listed(untold)}"
     if unsaid and len(best.runs) == 1:
         text += "; of the architectures one seed says nothing"
     elif unsaid:
