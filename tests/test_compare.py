@@ -687,6 +687,23 @@ def test_the_pairs_of_many_entries_are_left_out(tmp_path, monkeypatch):
         assert ("more than 10 are too many to be seen" in said) != shown
 
 
+def test_pictures_of_an_earlier_report_go_and_nothing_else(tmp_path, monkeypatch):
+    def draw(folder, pools, keys, prefix):
+        (folder / f"{prefix}loss.png").write_bytes(b"a picture")
+        return [(f"{prefix}loss.png", "the losses")]
+
+    monkeypatch.setattr(compare, "draw", draw)
+    runs = make_study(SOME, sizes=("2.7M", "0.8M"))
+    mine = [make_run("train_gpt2", "log/mine-1", seed=1)]
+    (tmp_path / "mine.png").write_bytes(b"a user's")
+    compare.report(tmp_path, runs + mine, [])
+    before = {path.name for path in tmp_path.glob("*.png")}
+    assert {"s_at_2.7M_loss.png", "s_at_0.8M_loss.png", "effects_s_0.8M.png", "loss.png"} < before
+    compare.report(tmp_path, [run for run in runs if run.study["size"] == "2.7M"], [])
+    after = {path.name for path in tmp_path.glob("*.png")}
+    assert after == {"s_at_2.7M_loss.png", "effects_s_2.7M.png", "mine.png"}
+
+
 def test_of_a_study_what_is_folded_away_is_not_printed(tmp_path, run_tool):
     runs = []
     for seed in (1, 2):

@@ -30,6 +30,7 @@ import argparse
 import difflib
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -53,6 +54,7 @@ from tools.runs import (
 )
 
 BUDGET = 124_475_904
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/]+\.png)\)")  # in leaderboard.md
 MOST_TOGETHER = 10  # entries of a study whose pairs and curves are shown
 
 # ----------------------------------------------------------------------------------------------------------
@@ -676,8 +678,19 @@ def study_parts(out, runs):
     return parts, pictures
 
 
+def remove_old_pictures(out, markdown):
+    """Removes the pictures that the earlier report in a folder shows and this Markdown doesn't."""
+    earlier = out / "leaderboard.md"
+    if earlier.exists():
+        old = PICTURE.findall(earlier.read_text(encoding="utf-8", errors="replace"))
+        for name in set(old) - set(PICTURE.findall(markdown)):
+            (out / name).unlink(missing_ok=True)
+
+
 def report(out, runs, left_out, copies=(), chosen=()):
     """Writes the tables, pictures and page on runs.Run into a folder; returns the Markdown.
+
+    Pictures of an earlier report there that this one doesn't have are removed.
 
     left_out: [(where, why)] on what could not be read; copies: lines on runs that were given twice; chosen:
     the names that --only gave.
@@ -709,6 +722,7 @@ def report(out, runs, left_out, copies=(), chosen=()):
         parts.append(table(["run", "why"], [[str(where), why] for where, why in left_out]))
     parts += [f"{line}." for line in lines]
     markdown = as_markdown(parts)
+    remove_old_pictures(out, markdown)
     (out / "leaderboard.md").write_text(markdown, encoding="utf-8")
     (out / "index.html").write_text(as_html(parts, out, pictures), encoding="utf-8")
     return markdown
