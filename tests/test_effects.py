@@ -352,7 +352,7 @@ def test_rates(tmp_path):
     assert table["llama"][0] == "**2.7000**" and table["llama"][3] == "–"
     assert table["llama"][4].endswith(", not distinguishable")
     assert table["mta"][4] == "is the best"
-    assert "corrected for all 2 rates" in said
+    assert "the number of rates that were compared with x1, 2." in said
     assert "llama: the best rate, x0.5, is at the edge of the sweep, the lowest that was tried" in said
     assert "mta: the best rate, x1, is at the edge of the sweep" in said
     assert "rwkv: the best rate, x4, is at the edge of the sweep, the highest" in said

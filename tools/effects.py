@@ -571,8 +571,8 @@ def rates_parts(entries):
     text = ("The mean over the seeds of the final validation loss, by learning rate as a multiple of the "
             "size's shared one. The best is in bold.")  # fmt: skip
     if tested:
-        text += (f" Verdicts are paired over seeds, and corrected for all {tested} rates that were compared "
-                 "with x1.")  # fmt: skip
+        text += (" Verdicts are paired over seeds, and corrected for the number of rates that were compared "
+                 f"with x1, {tested}.")  # fmt: skip
     toml = "```toml\n" + "\n".join(lines) + "\n```"
     return ["### Learning rates", text, table(head, rows, ["---"] + ["--:"] * (len(rates) + 2)), *warnings,
             Folded("The best rates, for tools/studies/sizes.toml", [toml])]  # fmt: skip
