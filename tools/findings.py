@@ -357,6 +357,11 @@ def at_cost(inside, cost, size, here):
     return with_half(loss.difference, loss.half, 3, "+")
 
 
+def difference(ours, theirs):
+    """The mean difference of two Groups' losses over their common seeds."""
+    return effects.paired_loss(ours.losses(), theirs.losses())[0].difference
+
+
 def after_step(step, ours, theirs, where):
     """The text for the difference of two Groups at a step, a string, before their last."""
     losses = []
@@ -395,10 +400,10 @@ def fill(finding, place, evidence):
     ours, theirs = map(here.group, inside.split(" - "))
     if what.startswith(AFTER):
         return after_step(what.removeprefix(AFTER), ours, theirs, here.where)
-    loss, verdict = here.compare(ours, theirs)
     if what.startswith(PART):
-        other, _ = here.compare(*map(here.group, what.removeprefix(PART).split(" - ")))
-        return f"{100 * loss.difference / other.difference:.0f}%"
+        whole = map(here.group, what.removeprefix(PART).split(" - "))
+        return f"{100 * difference(ours, theirs) / difference(*whole):.0f}%"
+    loss, verdict = here.compare(ours, theirs)
     key = f"{inside} at {size}" if size else inside
     if finding.verdicts.get(key) != verdict:
         said = finding.verdicts.get(key, "nothing")
