@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import effects, pictures, verdicts
+from tools import collection, effects, pictures, verdicts
 from tools.page import Folded, as_html
 from tools.runs import Run, pool_runs
 
@@ -139,6 +139,50 @@ def test_only_common_seeds_count(tmp_path):
     assert made["gpt2-nope"][2:5] == ["no common seed: no verdict", "–", "0"]
 
 
+def with_fresh(entry, losses, fresh, **options):
+    """Runs of 2,000 steps whose training loss is `fresh` in the last quarter and 9 before it.
+
+    Between the steps that a collection keeps it is 7, which must not count.
+    """
+    runs = make_entry(entry, losses, steps=2000, **options)
+    for run, loss in zip(runs, fresh, strict=True):
+        for step in range(0, 2000, 10):
+            kept = loss + (step - 1725) / 1000 if step >= 1500 else 9.0
+            run.train[step]["loss"] = 7.0 if step % 50 else kept
+    return runs
+
+
+def test_the_loss_on_fresh_text_is_that_of_the_last_quarter_of_training(tmp_path):
+    (run,) = with_fresh("gpt2", [3.0], [2.5])
+    assert run.fresh_loss() == pytest.approx(2.5)  # steps 1,500, 1,550 … 1,950
+    collection.add(tmp_path, [run])
+    assert collection.read(tmp_path)[0].fresh_loss() == pytest.approx(2.5)
+    del run.train[1950]
+    assert run.fresh_loss() is None
+    assert make_run(steps=1800, train={step: 2.0 for step in range(1800)}).fresh_loss() is None  # 9 of them
+    assert make_run(steps=2000, train={step: 2.0 for step in range(2000)}).fresh_loss() == 2.0
+
+
+def test_a_verdict_that_fresh_text_does_not_bear_out_is_named(tmp_path):
+    runs = with_fresh("gpt2", BASE, [2.0, 2.1, 2.2], base=None)
+    runs += with_fresh("gpt2-rope", [2.799, 2.9, 2.701], [2.1, 2.3, 2.2])  # +0.1, +0.2, 0
+    runs += with_fresh("gpt2-nope", [3.199, 3.3, 3.101], [2.2, 2.301, 2.399])
+    runs += with_fresh("gpt2-alone", [3.0], [1.5])
+    runs += make_entry("gpt2-relu2", BASE, steps=2000)
+    runs[-1].train = {}
+    said = plain(effects.study_parts(runs, tmp_path)[0])
+    made = rows(said)
+    assert made["gpt2-rope"][2] == "better"
+    assert made["gpt2-rope"][4] == f"+0.1000 ± {4.30265 * 0.1 / math.sqrt(3):.4f}"
+    assert made["gpt2-nope"][2] == "worse" and made["gpt2-nope"][4].startswith("+0.2000 ± 0.00")
+    assert made["gpt2-alone"][4] == "-0.5000" and made["gpt2-relu2"][4] == "–"
+    assert made["gpt2-rope"][5:7] == ["3", "1.000"]
+    assert said.count("look at the validation text") == 1
+    assert f"doesn't bear this out for gpt2-rope ({made['gpt2-rope'][4]}): look at" in said
+    short = plain(effects.study_parts(make_entry("gpt2", BASE, base=None) + make_entry("x", BASE), tmp_path)[0])
+    assert "on fresh text, nats" in said and "on fresh text, nats" not in short
+
+
 def test_two_bases_and_a_missing_one(tmp_path):
     runs = make_entry("rwkv", [3.0, 3.1, 2.9], base=None) + make_entry("llama", [2.5, 2.6, 2.4], base=None)
     runs += make_entry("rwkv-attention", [2.7, 2.8, 2.6001], base=["rwkv", "llama"])
@@ -255,6 +299,7 @@ def bare(groups):
 def without_conditions(monkeypatch):
     monkeypatch.setattr(effects, "mixed", lambda group: [])
     monkeypatch.setattr(effects, "differing", lambda run, base: [])
+    monkeypatch.setattr(effects, "compare_fresh", lambda group, base: None)
 
 
 def test_equal_entries_get_a_verdict_in_at_most_one_study_of_twenty(without_conditions):

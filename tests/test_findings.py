@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 from conftest import ROOT
-from test_effects import make_entry, make_run, rows
+from test_effects import make_entry, make_run, rows, with_fresh
 from test_scaling import SIZES, make_sizes
 
 from tools import findings, scaling, verdicts
@@ -75,6 +75,28 @@ def test_differences_before_the_end_and_parts_of_others(made_up):
     for step in ("150", "ten"):
         with pytest.raises(SystemExit, match=f"gpt2-rope has no validation loss at step {step}"):
             made_up(f"{{gpt2-rope - gpt2, after step {step}}}", runs)
+
+
+def test_differences_on_fresh_text(made_up):
+    """Where the validation has gpt2-rope a nat ahead, the fresh text has it behind, as among all pairs."""
+    runs = with_fresh("gpt2", GPT2, [2.0, 2.1, 2.2], base=None)
+    runs += with_fresh("gpt2-rope", ROPE, [2.1, 2.201, 2.3], base=None)
+    known = {"gpt2-rope - gpt2": "better", "gpt2-rope - gpt2, on fresh text": "worse"}
+    said = made_up("{gpt2-rope - gpt2}, {gpt2, on fresh text}, {gpt2-rope - gpt2, on fresh text}", runs, known)
+    assert "** -1.000 ± 0.050, 2.100 ± 0.248, +0.100 ± 0.001 (" in said
+    later = {"gpt2-rope - gpt2, on fresh text at 0.8M": "worse"}
+    assert "+0.100" in made_up("{gpt2-rope - gpt2, on fresh text at 0.8M}", runs, later)
+    with pytest.raises(SystemExit, match="gpt2-rope - gpt2, on fresh text is worse by the runs"):
+        made_up("{gpt2-rope - gpt2, on fresh text}", runs, {"gpt2-rope - gpt2, on fresh text": "better"})
+    with pytest.raises(SystemExit, match="at 0.8M: the runs are too short for a loss on fresh text"):
+        made_up("{gpt2-rope, on fresh text}", pair())
+
+
+def test_rates_on_fresh_text_are_those_that_the_validation_chose(made_up):
+    runs = with_fresh("gpt2", GPT2, [2.0, 2.1, 2.2], base=None)
+    runs += with_fresh("gpt2", [2.9, 3.0, 2.95], [3.0, 3.1, 3.2], base=None, rate=2.0)
+    said = made_up("{gpt2, on fresh text} and {gpt2 x2, on fresh text}", runs, own_rate="true")
+    assert "** 3.100 ± 0.248 and 3.100 ± 0.248 (" in said
 
 
 def test_what_may_change_it_may_have_numbers(made_up):

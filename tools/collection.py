@@ -26,7 +26,6 @@ from tools import runs as reading
 from tools.runs import Run, Unreadable
 
 NAME = "runs.jsonl"
-EVERY = 50  # of the training steps one is kept, and the last
 DIGITS = {"loss": 5}  # kept after the point; all other figures have SIGNIFICANT ones
 SIGNIFICANT = 4
 
@@ -117,7 +116,7 @@ def kept_steps(run):
     if not run.train:
         return {"step": []}
     last = max(run.train)
-    steps = [step for step in sorted(run.train) if step % EVERY == 0 or step == last]
+    steps = [step for step in sorted(run.train) if step % reading.THINNED == 0 or step == last]
     names = {}  # in the order of the log
     for step in steps:
         for name, value in run.train[step].items():

@@ -56,6 +56,19 @@ class Group:
     def losses(self):
         return {seed: run.loss for seed, run in self.runs.items()}
 
+    def on_fresh_text(self):
+        """The Group with the losses on fresh text in the place of the validation's; None if a run has none.
+
+        See runs.Run.fresh_loss.
+        """
+        runs = {}
+        for seed, run in self.runs.items():
+            loss = run.fresh_loss()
+            if loss is None:
+                return None
+            runs[seed] = dataclasses.replace(run, val={run.steps: loss})
+        return Group(self.entry, self.rate, runs)
+
     def mean(self, seeds=None):
         """The mean final validation loss over seeds, all by default."""
         return statistics.mean(self.runs[seed].loss for seed in seeds or self.runs)
@@ -221,6 +234,7 @@ class Effect:
     p: float | None = None  # corrected
     shared: verdicts.Estimate | None = None  # if all entries vary alike between seeds
     shared_p: float | None = None  # corrected
+    fresh: verdicts.Estimate | None = None  # of the losses on fresh text; None if a run has none
 
     @property
     def verdict(self):
@@ -254,12 +268,21 @@ def compare_with(base, others):
             for text in differing(group.runs[seed], base.runs[seed]):
                 if text not in unequal:
                     unequal.append(text)
-        effects.append(Effect(group, base, seeds, loss, unequal))
+        effects.append(Effect(group, base, seeds, loss, unequal, fresh=compare_fresh(group, base)))
     tested = [effect for effect in effects if not effect.unequal and effect.loss.p is not None]
     for effect, p in zip(tested, verdicts.holm([effect.loss.p for effect in tested]), strict=True):
         effect.p = p
     share_spread(base, tested)
     return sorted(effects, key=lambda effect: (-effect.loss.difference, effect.group.name))
+
+
+def compare_fresh(group, base):
+    """The verdicts.Estimate of the difference of two Groups on fresh text; None without a common seed."""
+    ours = group.on_fresh_text()
+    theirs = base.on_fresh_text()
+    if ours is None or theirs is None or not group.seeds & base.seeds:
+        return None
+    return paired_loss(ours.losses(), theirs.losses())[0]
 
 
 def share_spread(base, effects):
@@ -281,6 +304,16 @@ def share_spread(base, effects):
     for effect, loss, p in zip(alike, estimates, corrected, strict=True):
         effect.shared = loss
         effect.shared_p = p
+
+
+def is_doubtful(effect):
+    """Whether an Effect has a verdict that fresh text doesn't bear out, by its interval."""
+    if effect.fresh is None or effect.fresh.half is None:
+        return False
+    least = effect.fresh.half
+    if effect.verdict == verdicts.BETTER:
+        return effect.fresh.difference > -least
+    return effect.verdict == verdicts.WORSE and effect.fresh.difference < least
 
 
 def compare_selected(selected):
@@ -346,6 +379,14 @@ def speed_cell(effect):
     return text
 
 
+def fresh_cell(effect):
+    """The difference on fresh text in nats."""
+    if effect.fresh is None:
+        return "–"
+    half = "" if effect.fresh.half is None else f" ± {effect.fresh.half:.4f}"
+    return f"{effect.fresh.difference:+.4f}{half}"
+
+
 def loss_cells(effect):
     """The difference in nats and in percent of the base's loss."""
     percent = 100 / effect.base.mean(effect.seeds)
@@ -373,14 +414,16 @@ def effects_table(effects):
     for effect in effects:
         flops = [group.first.facts["flops_per_token"] for group in (effect.group, effect.base)]
         p = "–" if effect.p is None else f"{effect.p:.3g}"
-        rows.append([
-            name_cell(effect), *loss_cells(effect), effect.verdict, p, str(len(effect.seeds)),
-            parameters_cell(effect), ratio(*flops), speed_cell(effect),
-        ])  # fmt: skip
+        row = [name_cell(effect), *loss_cells(effect), effect.verdict, p, str(len(effect.seeds))]
+        rows.append([*row, parameters_cell(effect), ratio(*flops), speed_cell(effect)])
     base = effects[0].base.name
     head = [f"against {base}", "loss, nats", "loss, %", "verdict", "p, corrected", "common seeds"]
     head += ["parameters", "FLOPs per token", "tokens/s"]
-    return table(head, rows, ["---", "--:", "--:", "---"] + ["--:"] * 5)
+    if any(effect.fresh for effect in effects):
+        head.insert(5, "on fresh text, nats")
+        for row, effect in zip(rows, effects, strict=True):
+            row.insert(5, fresh_cell(effect))
+    return table(head, rows, ["---", "--:", "--:", "---"] + ["--:"] * (len(head) - 4))
 
 
 def shared_table(effects):
@@ -426,6 +469,13 @@ def in_words(effects):
     if more:
         sentences.append(f"If all of them varied alike between seeds, these would be told apart as well: "
                          f"{', '.join(more)}.")  # fmt: skip
+    doubtful = []
+    for effect in reversed(effects):
+        if is_doubtful(effect):
+            doubtful.append(f"{effect.group.name} ({fresh_cell(effect)})")
+    if doubtful:
+        sentences.append(f"On the fresh text of the last quarter of training the interval doesn't bear this "
+                         f"out for {', '.join(doubtful)}: look at the validation text.")  # fmt: skip
     for effect in effects:
         if effect.unequal:
             sentences.append(f"{effect.group.name} has no verdict: {'; '.join(effect.unequal)}.")
@@ -441,7 +491,11 @@ HOW_TO_READ = (
     "for no other reason. Ratios are the entry's over its base's; parameters are the trained ones, and "
     "“unequal” if they differ by more than 2%. The ratio of tokens/s is a hint only, since runs share a "
     "machine: the median over the seeds, with the lowest and the highest, or – if not both were trained on "
-    "one machine. At equal tokens an entry that costs more FLOPs per token has an advantage, which its "
+    "one machine. “On fresh text”, where it is given, is the same difference by the training losses of one "
+    "in fifty of the last quarter's batches, each of which was scored before the model learned from it. It "
+    "is less precise and not quite of the end, but it is of text from all over the data, and different for "
+    "each seed: where it disagrees with the validation loss, a few documents may have decided that. At "
+    "equal tokens an entry that costs more FLOPs per token has an advantage, which its "
     "row's ratio shows. No curve was cut short to compare at equal FLOPs: a run that is stopped early "
     "hasn't lowered its learning rate, and looks worse "
     "than it is."

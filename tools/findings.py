@@ -13,6 +13,10 @@ the answer names:
     {llama - gpt2, in %}    the same in percent of the second one's loss
     {llama - gpt2, after step 1000}
                             what it was before the end, without a verdict
+    {llama - gpt2, on fresh text}
+                            what it was on the text that was read in the last
+                            quarter of training, as tools.compare tells it; at
+                            own rates, those that are best on the validation
     {mta - llama, as part of rwkv - llama}
                             one difference of means in percent of another
     {llama / gpt2, flops}   the ratio of FLOPs per token; also: parameters,
@@ -40,6 +44,7 @@ distinguishable", or of one seed "one seed: no verdict". If the runs say
 otherwise, there are no answers but a line.
 """
 import argparse
+import copy
 import json
 import math
 import re
@@ -65,6 +70,7 @@ CONTEXTS = "results/context.json"  # by tools.context
 COSTS = {f"with {REFERENCE}'s FLOPs": "FLOPs", f"in {REFERENCE}'s time": "time"}
 FARTHEST = 1.5  # times the tokens of a budget that a loss may be read off beyond it
 AFTER = "after step "
+FRESH = "on fresh text"
 PART = "as part of "
 PLACE = re.compile(r"\{([^{}]*)\}")
 RATE = re.compile(r" x([0-9.]+)$")
@@ -119,6 +125,22 @@ class Evidence:
             self.selected = {entry: group for (entry, rate), group in self.groups.items() if rate == 1}
         self.against, _ = effects.compare_selected(self.selected)
         self.cited = {}  # the groups that an answer has asked for, by name
+
+    def on_fresh_text(self):
+        """The same evidence with the losses on fresh text, the same rates selected.
+
+        Raises SystemExit if none of its runs has one. A Group of which a run has none is left out.
+        """
+        other = copy.copy(self)
+        fresh = {key: group.on_fresh_text() for key, group in self.groups.items()}
+        other.groups = {key: group for key, group in fresh.items() if group}
+        other.entries = effects.rates_of(other.groups)
+        chosen = {entry: fresh[entry, group.rate] for entry, group in self.selected.items()}
+        other.selected = {entry: group for entry, group in chosen.items() if group}
+        if not other.selected:
+            fineweb.fail(f"{self.where}: the runs are too short for a loss on fresh text")
+        other.against, _ = effects.compare_selected(other.selected)
+        return other
 
     def any_run(self):
         return next(iter(self.groups.values())).first
@@ -391,6 +413,11 @@ def fill(finding, place, evidence):
     if inside.startswith("lost with "):
         return lost_with(inside.removeprefix("lost with "), here)
     inside, _, what = inside.partition(", ")
+    key = inside
+    if what == FRESH:
+        here = here.on_fresh_text()
+        key += f", {FRESH}"
+    key += f" at {size}" if size else ""
     if what in COSTS:
         return at_cost(inside, COSTS[what], size or finding.sizes[0], here)
     if " / " in inside:
@@ -404,7 +431,6 @@ def fill(finding, place, evidence):
         whole = map(here.group, what.removeprefix(PART).split(" - "))
         return f"{100 * difference(ours, theirs) / difference(*whole):.0f}%"
     loss, verdict = here.compare(ours, theirs)
-    key = f"{inside} at {size}" if size else inside
     if finding.verdicts.get(key) != verdict:
         said = finding.verdicts.get(key, "nothing")
         fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict} by the runs in {here.where}, and "

@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 
 from tools import verdicts
-from tools.collection import EVERY
+from tools.runs import THINNED
 
 LEAST_POINTS = 30  # of a training curve
 
@@ -372,7 +372,7 @@ def training_curve(pool):
     """
 
     def by_step(run):
-        return {step: event["loss"] for step, event in run.train.items() if step % EVERY == 0}
+        return {step: event["loss"] for step, event in run.train.items() if step % THINNED == 0}
 
     points = pool.curve(by_step)
     if len(points) < LEAST_POINTS:

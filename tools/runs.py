@@ -30,6 +30,9 @@ RENAMED_FIELDS = {
     "train_deepseek": {"expert_width": "n_inner_expert", "dense_width": "n_inner"},
     "train_rwkv": {"n_ffn": "n_inner"},
 }
+THINNED = 50  # of the training steps a collection keeps one in so many
+FRESH = 0.75  # of a run's steps come before those whose batches are its fresh text
+LEAST_BATCHES = 10  # of the thinned steps, for a loss on fresh text
 MOST_NAMED = 2  # config fields that stand in the names of pools; where more differ, folders name them
 
 
@@ -68,6 +71,21 @@ class Run:
     def loss(self):
         """The newest validation loss, in nats per token; of a finished run the final one."""
         return self.val[self.steps]
+
+    def fresh_loss(self):
+        """The mean training loss over one in THINNED of the last quarter of its steps, in nats per token.
+
+        Each batch is scored before the model learns from it, so this is the loss on text from all over the
+        data that it hasn't read, unless it reads its data several times. None with fewer than LEAST_BATCHES.
+        Runs with one seed have the same batches. Of a run and its collection it is the same.
+        """
+        first = math.ceil(FRESH * self.config["max_steps"])
+        losses = []
+        for step in range(-(-first // THINNED) * THINNED, self.config["max_steps"], THINNED):
+            losses.append(self.train.get(step, {}).get("loss"))
+        if len(losses) < LEAST_BATCHES or None in losses:
+            return None
+        return statistics.mean(losses)
 
     @property
     def median_ms(self):
