@@ -36,11 +36,14 @@ def test_what_is_lost_without_the_text_before(monkeypatch):
 
 @pytest.fixture
 def made(tmp_path, small_sample, capsys):
-    """made(name, **fields) -> the folder of a run that says it was trained on the sample, a random model."""
+    """made(name, **fields) -> the folder of a run that says it was trained on the sample, a random model.
 
-    def made(name, **fields):
-        folder = tmp_path / f"log/{name}"
-        trained(name, folder, data_dir=str(small_sample), val_tokens=2048, **fields)
+    It is log/NAME, or log/CALLED.
+    """
+
+    def made(name, called=None, **fields):
+        folder = tmp_path / f"log/{called or name}"
+        trained(name, folder, **{"data_dir": str(small_sample), "val_tokens": 2048} | fields)
         found = fineweb.open_dataset(small_sample)
         retag(folder, data={"dataset": "sample", "tokenizer": "bytes", "fingerprint": found["fingerprint"]})
         capsys.readouterr()  # that it was saved
