@@ -93,10 +93,9 @@ def test_a_difference_by_hand():
     """Three documents, of which the second is another script and half of the text."""
     ours = {1: [1.0, 2.0, 3.0], 2: [1.2, 2.2, 3.2]}
     theirs = {1: [1.1, 2.6, 3.0], 2: [1.2, 3.0, 3.3], 3: [9.0, 9.0, 9.0]}
-    made = scores({"a": ours, "b": theirs}, [100, 200, 100], ascii=[1.0, 0.2, 0.9], scored=[True, True, False])
-    (pair,) = documents.compare(made)
+    known = scores({"a": ours, "b": theirs}, [100, 200, 100], ascii=[1.0, 0.2, 0.9], scored=[True, True, False])
+    (pair,) = documents.compare(known)
     assert (pair.a, pair.b, pair.seeds) == ("a", "b", [1, 2])
-    by_document = [-0.05, -0.7, -0.05]
     assert pair.difference == pytest.approx(0.25 * -0.05 + 0.5 * -0.7 + 0.25 * -0.05)
     assert pair.in_script == pytest.approx(-0.05)
     by_seed = [0.25 * -0.1 + 0.5 * -0.6, 0.5 * -0.8 + 0.25 * -0.1]
@@ -105,9 +104,9 @@ def test_a_difference_by_hand():
     away = sum((each - pair.difference) ** 2 for each in without)
     assert pair.of_documents == (pytest.approx(2 / 3 * away), pytest.approx(1 / (2 / 16 + 1 / 4) - 1))
     assert pair.mover == 1 and pair.moved == pytest.approx(pair.difference - -0.05)
-    said = documents.report(made)
-    assert "400 tokens of 3 documents, 1 of them of other scripts. Training scored 300 of 2 documents" in said
-    assert "the longest, number 2, is 66.7% of that. So few documents" in said
+    said = documents.report(known)
+    assert "400 tokens of 3 documents, 1 of them of other scripts. Training scored 300 tokens of 2 documents, " in said
+    assert "the longest 66.7% of them. So few documents" in said
     cells = rows(said)["a minus b"]
     assert cells[0] == "-0.3750" and cells[-2:] == ["-0.0500", "-0.3250 by number 2"]
     both = math.hypot(float(cells[1]), float(cells[2]))

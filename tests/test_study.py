@@ -305,6 +305,16 @@ def test_more_seeds_and_chosen_runs(fake, run, monkeypatch):
     assert first.startswith("$ OMP_NUM_THREADS=")
 
 
+def test_a_validation_of_few_documents_is_said(fake, run, monkeypatch):
+    line = "data/sample: runs are validated on 256 tokens of 1 document, the longest 100.0% of them. A few "
+    for found in (True, False):
+        status, said = run(study, "st.toml", "--seeds", "1" if found else "2")
+        assert status == 0 and said.count(line) == found, said
+        monkeypatch.setattr(study.documents, "FEW", 0)
+        monkeypatch.setattr(study.documents, "LONG", 1.0)
+    assert run(study, "st.toml", "--seeds", "3", "--dry")[1].count(line) == 0
+
+
 def test_a_chosen_run_without_its_base_is_said(fake, run):
     note = "note: --only leaves out what two is compared with: name one, too\n"
     for chosen in (["two"], ["two", "one"], ["one"]):

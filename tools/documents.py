@@ -298,26 +298,37 @@ def compare(scores):
 # In words and tables
 
 
-def share_of(documents):
-    """(the longest of documents, from 0, its share of their tokens) of those that training scored."""
-    weight = weights(documents, lambda document: document.scored)
-    number = int(weight.argmax())
-    return number, float(weight[number] / weight.sum())
+def counted_tokens(lengths):
+    """Documents of so many tokens in words, and whether they're enough: (text, bool)."""
+    share = max(lengths) / sum(lengths)
+    text = f"{sum(lengths):,} tokens of {counted(len(lengths))}, the longest {share:.1%} of them"
+    return text, share <= LONG and len(lengths) >= FEW
 
 
 def in_words(documents):
     """The text in two sentences or three; doubts about what training scored stand at the end."""
-    scored = [document for document in documents if document.scored]
     others = [document for document in documents if not is_ours(document)]
-    number, share = share_of(documents)
-    text = f"{sum(d.tokens for d in documents):,} tokens of {counted(len(documents))}"
+    scored, enough = counted_tokens([document.tokens for document in documents if document.scored])
+    text = f"{sum(document.tokens for document in documents):,} tokens of {counted(len(documents))}"
     text += f", {len(others)} of them of other scripts" if others else ""
-    text += f". Training scored {sum(d.tokens for d in scored):,} of {counted(len(scored))}"
-    text += f"; the longest, number {number + 1}, is {share:.1%} of that."
-    if share > LONG or len(scored) < FEW:
+    text += f". Training scored {scored}."
+    if not enough:
         text += (" So few documents, or one so long, can decide a small difference in what training "
-                 "scored: go by the tables below, or train with more --val_tokens.")  # fmt: skip
+                 "scored: go by the tables below.")  # fmt: skip
     return text
+
+
+def doubt(config, tokenizer):
+    """A line on the text that runs of a Config are validated on, empty if it is good enough."""
+    windows = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
+    targets = windows.rows(np.arange(len(windows)))[:, 1:].flatten()
+    end = fineweb.VOCAB_SIZE[tokenizer] - 1  # end-of-text, without the vocabulary's files
+    of_token, _ = find_documents(targets, end, len(targets))
+    text, enough = counted_tokens(np.bincount(of_token).tolist())
+    if enough:
+        return ""
+    return (f"{config.data_dir}: runs are validated on {text}. A few documents can decide a small "
+            "difference: after the runs see python -m tools.documents log/…")  # fmt: skip
 
 
 def counted(n):

@@ -37,7 +37,7 @@ from pathlib import Path
 
 import fineweb
 from fineweb import duration, fail, positive
-from tools import collection, plan, progress, runs
+from tools import collection, documents, plan, progress, runs
 
 # Runs a training script, or torchrun, in a process that ends when its parent does: by SIGTERM, on which
 # the script finishes its step and saves.
@@ -550,9 +550,16 @@ def main():
     if args.dry:
         show_commands(jobs, args)
         return
+    doubts = {}
     for job in jobs:
         if job.state == "to come":
-            fineweb.open_dataset(job.config.data_dir, job.config.vocab_size, job.config.train_shards)
+            config = job.config
+            data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards)
+            validated = config.data_dir, config.block_size, config.val_tokens
+            if validated not in doubts:
+                doubts[validated] = documents.doubt(config, data["tokenizer"])
+    for line in filter(None, doubts.values()):
+        print(line)
     stopped = False
     if any(job.state == "to come" for job in jobs):
         screen = progress.Screen(jobs, args.jobs)
