@@ -4,10 +4,11 @@ import statistics
 
 import pytest
 from conftest import ROOT
+from test_documents import scores
 from test_effects import make_entry, make_run, rows, with_fresh
 from test_scaling import SIZES, make_sizes
 
-from tools import findings, scaling, verdicts
+from tools import documents, findings, scaling, verdicts
 
 GPT2 = [3.0, 3.1, 3.05]
 ROPE = [2.0, 2.12, 2.03]
@@ -90,6 +91,33 @@ def test_differences_on_fresh_text(made_up):
         made_up("{gpt2-rope - gpt2, on fresh text}", runs, {"gpt2-rope - gpt2, on fresh text": "better"})
     with pytest.raises(SystemExit, match="at 0.8M: the runs are too short for a loss on fresh text"):
         made_up("{gpt2-rope, on fresh text}", pair())
+
+
+def test_differences_by_documents(made_up, monkeypatch, tmp_path):
+    """On four documents of one length, at two sizes and of another study, in whatever order."""
+    losses = {"x-0.8M-gpt2": 3.0, "x-0.8M-gpt2-rope": 2.0, "x-0.8M-gpt2-rope-x2": 2.5, "x-2.7M-gpt2": 1.0}
+    models = {}
+    for name, loss in (losses | {"y-0.8M-gpt2": 9.0}).items():
+        models[name] = {seed: [loss - 0.01 * seed * len(name), loss + 0.03, loss, loss] for seed in (1, 2, 3)}
+    monkeypatch.setattr(findings, "ROOT", tmp_path)
+    documents.write(tmp_path / "results/x/documents.json", scores(models, [10, 10, 10, 10]))
+    runs = pair() + make_entry("gpt2-rope", ROPE, rate=2.0)
+    answer = "{gpt2-rope - gpt2, by documents}, {gpt2 - gpt2-rope, by documents}"
+    known = {"gpt2-rope - gpt2, by documents": "better", "gpt2 - gpt2-rope, by documents": "worse"}
+    said = made_up(answer, runs, known)
+    kept = documents.read(tmp_path / "results/x/documents.json")
+    kept.runs = [run for run in kept.runs if run.run.startswith("x-0.8M")]
+    (same,) = [each for each in documents.compare(kept) if each.a.endswith("rope") and each.b.endswith("gpt2")]
+    assert same.difference == pytest.approx(-1.0 - 0.02 * 5 / 4)
+    half = findings.with_half(same.difference, same.both.half).split(" ± ")[1]
+    assert f"** {same.difference:+.3f} ± {half}, {-same.difference:+.3f} ± {half} (" in said
+    key = "gpt2-rope x2 - gpt2, by documents at 0.8M"
+    assert "-0.5" in made_up("{gpt2-rope x2 - gpt2, by documents at 0.8M}", runs, {key: "better"})
+    with pytest.raises(SystemExit, match="gpt2-rope - gpt2, by documents is better by the runs in results/x"):
+        made_up("{gpt2-rope - gpt2, by documents}", runs)
+    more = runs + make_entry("gpt2-nope", ROPE)
+    with pytest.raises(SystemExit, match="documents.json has no runs of gpt2-nope and gpt2 at 0.8M"):
+        made_up("{gpt2-nope - gpt2, by documents}", more)
 
 
 def test_rates_on_fresh_text_are_those_that_the_validation_chose(made_up):

@@ -20,6 +20,8 @@ how much. The losses without other scripts leave out the documents of which
 less than half of the characters are ASCII.
 """
 import argparse
+import copy
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -34,6 +36,7 @@ from tools.export import check_script, read_checkpoint
 from tools.page import table
 from tools.runs import VARYING_FIELDS
 
+NAME = "documents.json"  # in the folder of a study's collection
 TOKENS_AT_ONCE = 8192  # of a forward pass
 LEAST_ASCII = 0.5  # of a document's characters, or it is of another script
 LONG = 0.05  # of the text that training scored is much for one document
@@ -255,6 +258,17 @@ class Pair:
         parts = [self.of_seeds, self.of_documents]
         self.both = verdicts.estimate(self.difference, parts, "both") if None not in parts else None
         self.mover, self.moved = self.most_moving(by_document, weight)
+
+    def turned(self):
+        """The same pair as b minus a."""
+        other = copy.copy(self)
+        other.a, other.b = self.b, self.a
+        other.difference = -self.difference
+        other.in_script = None if self.in_script is None else -self.in_script
+        other.moved = -self.moved
+        if self.both:
+            other.both = dataclasses.replace(self.both, difference=other.difference)
+        return other
 
     def most_moving(self, values, weight):
         """(the number of the document that moves the difference most, from 0, by how much)."""

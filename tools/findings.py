@@ -17,6 +17,10 @@ the answer names:
                             what it was on the text that was read in the last
                             quarter of training, as tools.compare tells it; at
                             own rates, those that are best on the validation
+    {llama - gpt2, by documents}
+                            what it is on more text than training scored, with
+                            an interval over seeds and documents, by the
+                            study's documents.json, which tools.documents made
     {mta - llama, as part of rwkv - llama}
                             one difference of means in percent of another
     {llama / gpt2, flops}   the ratio of FLOPs per token; also: parameters,
@@ -55,7 +59,7 @@ from typing import Literal
 import msgspec
 
 import fineweb
-from tools import collection, effects, scaling, verdicts
+from tools import collection, documents, effects, scaling, verdicts
 from tools.page import table
 from tools.runs import Unreadable
 
@@ -71,6 +75,7 @@ COSTS = {f"with {REFERENCE}'s FLOPs": "FLOPs", f"in {REFERENCE}'s time": "time"}
 FARTHEST = 1.5  # times the tokens of a budget that a loss may be read off beyond it
 AFTER = "after step "
 FRESH = "on fresh text"
+BY_DOCUMENTS = "by documents"
 PART = "as part of "
 PLACE = re.compile(r"\{([^{}]*)\}")
 RATE = re.compile(r" x([0-9.]+)$")
@@ -414,9 +419,10 @@ def fill(finding, place, evidence):
         return lost_with(inside.removeprefix("lost with "), here)
     inside, _, what = inside.partition(", ")
     key = inside
+    if what in (FRESH, BY_DOCUMENTS):
+        key += f", {what}"
     if what == FRESH:
         here = here.on_fresh_text()
-        key += f", {FRESH}"
     key += f" at {size}" if size else ""
     if what in COSTS:
         return at_cost(inside, COSTS[what], size or finding.sizes[0], here)
@@ -430,7 +436,12 @@ def fill(finding, place, evidence):
     if what.startswith(PART):
         whole = map(here.group, what.removeprefix(PART).split(" - "))
         return f"{100 * difference(ours, theirs) / difference(*whole):.0f}%"
-    loss, verdict = here.compare(ours, theirs)
+    if what == BY_DOCUMENTS:
+        pair = by_documents(finding, size or finding.sizes[0], inside.split(" - "))
+        half = pair.both.half if pair.both else None
+        loss, verdict = verdicts.Estimate(pair.difference, half, pair.p, "documents"), pair.verdict
+    else:
+        loss, verdict = here.compare(ours, theirs)
     if finding.verdicts.get(key) != verdict:
         said = finding.verdicts.get(key, "nothing")
         fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict} by the runs in {here.where}, and "
@@ -440,6 +451,21 @@ def fill(finding, place, evidence):
         half = None if loss.half is None else part * loss.half
         return with_half(part * loss.difference, half, 1, "+") + "%"
     return with_half(loss.difference, loss.half, 3, "+")
+
+
+def by_documents(finding, size, names):
+    """(the documents.Pair of two entries, the first minus the second, what its verdict is).
+
+    p-values are corrected for all pairs of the size that are in the file.
+    """
+    prefix = f"{Path(finding.runs).name}-{size}-"
+    scores = documents.read(ROOT / finding.runs / documents.NAME)
+    scores.runs = [run for run in scores.runs if run.model.startswith(prefix)]
+    ours, theirs = [prefix + name.replace(" ", "-") for name in names]
+    for pair in documents.compare(scores):
+        if {pair.a, pair.b} == {ours, theirs}:
+            return pair.turned() if pair.a == theirs else pair
+    fineweb.fail(f"{finding.runs}/{documents.NAME} has no runs of {' and '.join(names)} at {size}")
 
 
 def in_seeds(counts):
