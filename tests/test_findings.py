@@ -93,6 +93,24 @@ def test_differences_on_fresh_text(made_up):
         made_up("{gpt2-rope, on fresh text}", pair())
 
 
+def test_a_verdict_that_fresh_text_does_not_bear_out_has_to_say_so(made_up, monkeypatch, tmp_path):
+    runs = with_fresh("gpt2", GPT2, [2.0, 2.1, 2.2], base=None)
+    runs += with_fresh("gpt2-rope", ROPE, [1.9, 2.3, 2.2])
+    runs += with_fresh("gpt2-nope", ROPE, [1.9, 2.001, 2.1])
+    known = {"gpt2-rope - gpt2": "better", "gpt2-nope - gpt2": "better"}
+    assert "-1.000" in made_up("{gpt2-nope - gpt2}", runs, known)
+    words = "gpt2-rope - gpt2 is better, which fresh text doesn't bear out: tell {gpt2-rope - gpt2, on fresh text}"
+    with pytest.raises(SystemExit, match=words):
+        made_up("{gpt2-rope - gpt2}", runs, known)
+    with pytest.raises(SystemExit, match="tell {gpt2-rope - gpt2, on fresh text at 0.8M}, too"):
+        made_up("{gpt2-rope - gpt2 at 0.8M}", runs, {"gpt2-rope - gpt2 at 0.8M": "better"})
+    told = known | {"gpt2-rope - gpt2, on fresh text": "not distinguishable"}
+    said = made_up("{gpt2-rope - gpt2}, {gpt2-rope - gpt2, on fresh text}", runs, told)
+    assert "** -1.000 ± 0.050, +0.033 ± " in said
+    monkeypatch.setattr(findings, "FILE", tmp_path / "findings.toml")  # the one that made_up writes
+    assert "** 1 of 2 (" in made_up("{borne out}", runs, told)
+
+
 def test_differences_by_documents(made_up, monkeypatch, tmp_path):
     """On four documents of one length, at two sizes and of another study, in whatever order."""
     losses = {"x-0.8M-gpt2": 3.0, "x-0.8M-gpt2-rope": 2.0, "x-0.8M-gpt2-rope-x2": 2.5, "x-2.7M-gpt2": 1.0}

@@ -306,14 +306,16 @@ def share_spread(base, effects):
         effect.shared_p = p
 
 
-def is_doubtful(effect):
-    """Whether an Effect has a verdict that fresh text doesn't bear out, by its interval."""
-    if effect.fresh is None or effect.fresh.half is None:
+def is_doubtful(verdict, fresh):
+    """Whether fresh text doesn't bear a verdict out: its interval holds zero, or is on the other side.
+
+    fresh: the verdicts.Estimate on fresh text, or None.
+    """
+    if fresh is None or fresh.half is None:
         return False
-    least = effect.fresh.half
-    if effect.verdict == verdicts.BETTER:
-        return effect.fresh.difference > -least
-    return effect.verdict == verdicts.WORSE and effect.fresh.difference < least
+    if verdict == verdicts.BETTER:
+        return fresh.difference > -fresh.half
+    return verdict == verdicts.WORSE and fresh.difference < fresh.half
 
 
 def compare_selected(selected):
@@ -471,7 +473,7 @@ def in_words(effects):
                          f"{', '.join(more)}.")  # fmt: skip
     doubtful = []
     for effect in reversed(effects):
-        if is_doubtful(effect):
+        if is_doubtful(effect.verdict, effect.fresh):
             doubtful.append(f"{effect.group.name} ({fresh_cell(effect)})")
     if doubtful:
         sentences.append(f"On the fresh text of the last quarter of training the interval doesn't bear this "

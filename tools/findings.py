@@ -35,6 +35,8 @@ the answer names:
     {table of 6}            the loss of a table of six tokens, the one to guess
                             among them, by results/ngram.json; {table of 6,
                             entries} is how many there are in it
+    {borne out}             how many of the "better" and "worse" of all answers
+                            are borne out by fresh text, as "9 of 10"
     {extrapolated llama}    the loss at 124M by a power law through the
                             answer's sizes, with its interval by seeds;
                             {extrapolated llama, by residuals} is the interval
@@ -45,7 +47,9 @@ the answer names:
 Words can't contradict the runs: each difference that is told must be under
 verdicts with what the words make of it, "better", "worse", "not
 distinguishable", or of one seed "one seed: no verdict". If the runs say
-otherwise, there are no answers but a line.
+otherwise, there are no answers but a line. The same if fresh text doesn't bear
+a "better" or "worse" out, that is if its interval there holds zero, and the
+answer doesn't tell the difference on fresh text, too.
 """
 import argparse
 import copy
@@ -404,6 +408,8 @@ def fill(finding, place, evidence):
     """The text for one place. evidence: {size: Evidence}. Raises SystemExit for a place that says nothing."""
     if place.startswith("extrapolated "):
         return extrapolated(place.removeprefix("extrapolated "), evidence)
+    if place == "borne out":
+        return borne_out()
     inside, _, size = place.partition(" at ")
     here = evidence.get(size or finding.sizes[0])
     if here is None:
@@ -442,6 +448,7 @@ def fill(finding, place, evidence):
         loss, verdict = verdicts.Estimate(pair.difference, half, pair.p, "documents"), pair.verdict
     else:
         loss, verdict = here.compare(ours, theirs)
+        check_on_fresh_text(finding, key, size, ours, theirs, verdict)
     if finding.verdicts.get(key) != verdict:
         said = finding.verdicts.get(key, "nothing")
         fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict} by the runs in {here.where}, and "
@@ -451,6 +458,34 @@ def fill(finding, place, evidence):
         half = None if loss.half is None else part * loss.half
         return with_half(part * loss.difference, half, 1, "+") + "%"
     return with_half(loss.difference, loss.half, 3, "+")
+
+
+def check_on_fresh_text(finding, key, size, ours, theirs, verdict):
+    """Raises SystemExit if fresh text doesn't bear a verdict out and the answer doesn't say what it gives."""
+    told = f"{key.removesuffix(f' at {size}')}, {FRESH}" + (f" at {size}" if size else "")
+    if FRESH in key or told in finding.verdicts:
+        return
+    if effects.is_doubtful(verdict, effects.compare_fresh(ours, theirs)):
+        fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict}, which fresh text doesn't bear "
+                     f"out: tell {{{told}}}, too")  # fmt: skip
+
+
+def borne_out():
+    """How many verdicts of all answers are borne out by fresh text, in words.
+
+    Counted are the differences, each once for its study, size and rates.
+    """
+    counted = {}
+    for finding in read_file(FILE):
+        for place, verdict in finding.verdicts.items():
+            inside, _, size = place.partition(" at ")
+            if verdict not in (verdicts.BETTER, verdicts.WORSE) or ", " in inside:
+                continue
+            here = Evidence(finding.runs, size or finding.sizes[0], finding.own_rate)
+            ours, theirs = map(here.group, inside.split(" - "))
+            place = here.where, ours.name, theirs.name
+            counted[place] = not effects.is_doubtful(verdict, effects.compare_fresh(ours, theirs))
+    return f"{sum(counted.values())} of {len(counted)}"
 
 
 def by_documents(finding, size, names):
@@ -504,11 +539,15 @@ def findings(topic=None, file=FILE):
 
     Raises SystemExit, with one line, if one doesn't hold.
     """
+    return "\n".join(in_words(finding) for finding in read_file(file) if topic in (None, finding.topic))
+
+
+def read_file(file):
+    """The Findings of a file as a list. Raises SystemExit if it can't be read."""
     try:
-        read = msgspec.toml.decode(file.read_bytes(), type=Findings)
+        return msgspec.toml.decode(file.read_bytes(), type=Findings).finding
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         fineweb.fail(f"{file} can't be read: {getattr(error, 'strerror', None) or error}")
-    return "\n".join(in_words(finding) for finding in read.finding if topic in (None, finding.topic))
 
 
 def main():
