@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import collection, effects, pictures, verdicts
+from tools import collection, compare, effects, pictures, verdicts
 from tools.page import Folded, as_html
 from tools.runs import Run, pool_runs
 
@@ -179,8 +179,23 @@ def test_a_verdict_that_fresh_text_does_not_bear_out_is_named(tmp_path):
     assert made["gpt2-rope"][5:7] == ["3", "1.000"]
     assert said.count("look at the validation text") == 1
     assert f"doesn't bear this out for gpt2-rope ({made['gpt2-rope'][4]}): look at" in said
-    short = plain(effects.study_parts(make_entry("gpt2", BASE, base=None) + make_entry("x", BASE), tmp_path)[0])
+    short = make_entry("gpt2", BASE, base=None) + make_entry("gpt2-rope", BASE)
+    short = plain(effects.study_parts(short, tmp_path)[0])
     assert "on fresh text, nats" in said and "on fresh text, nats" not in short
+
+
+def test_pairs_have_their_difference_on_fresh_text():
+    runs = with_fresh("gpt2", BASE, [2.0, 2.1, 2.2], facts={"script": "train_another"})
+    runs += with_fresh("gpt2-rope", [2.8, 2.9, 2.7], [2.1, 2.2, 2.3])
+    (other,) = with_fresh("gpt2-nope", [9.0], [9.0])
+    other.config["seed"] = 4
+    pools = pool_runs(runs) + pool_runs([other])
+    said = compare.pairs_table(verdicts.compare_pairs(pools, None), None)
+    made = {name: cells for name, cells in rows(said).items() if "gpt2" in name}
+    assert made["gpt2 – gpt2-rope"][4] == "-0.1000 ± 0.0000" and made["gpt2 – gpt2-nope"][4] == "–"
+    short = make_entry("gpt2", BASE, facts={"script": "train_another"}) + make_entry("gpt2-rope", BASE)
+    short = pool_runs(short)
+    assert "on fresh text" not in compare.pairs_table(verdicts.compare_pairs(short, None), None)
 
 
 def test_two_bases_and_a_missing_one(tmp_path):
@@ -299,7 +314,7 @@ def bare(groups):
 def without_conditions(monkeypatch):
     monkeypatch.setattr(effects, "mixed", lambda group: [])
     monkeypatch.setattr(effects, "differing", lambda run, base: [])
-    monkeypatch.setattr(effects, "compare_fresh", lambda group, base: None)
+    monkeypatch.setattr(effects, "compare_fresh", lambda ours, theirs: None)
 
 
 def test_equal_entries_get_a_verdict_in_at_most_one_study_of_twenty(without_conditions):

@@ -29,6 +29,8 @@ def studies():
         for size, runs in effects.by_size(findings.studied(path)).items():
             groups, _ = effects.group_runs(runs)
             found[path, size] = {group.name: group.losses() for group in groups.values()}
+            fresh = [group.on_fresh_text() for group in groups.values()]
+            found[path, f"{size}, on fresh text"] = {group.name: group.losses() for group in fresh if group}
     return found
 
 

@@ -398,7 +398,14 @@ def pairs_table(differences, key):
         rows.append([title, loss, pair.loss.how, p_values[0], pair.verdict(), accuracy, p_values[1]])
     title = f"{score_name(key)}, points" if key else "accuracy"
     head = ["pair", "validation loss", "by", "p, corrected", "the first has", title, "p, corrected"]
-    return table(head, rows, ["---", "--:", "---", "--:", "---", "--:", "--:"])
+    layout = ["---", "--:", "---", "--:", "---", "--:", "--:"]
+    fresh = [effects.compare_fresh(pair.a.by_seed(), pair.b.by_seed()) for pair in differences]
+    if any(fresh):
+        head.insert(5, "on fresh text")
+        layout.insert(5, "--:")
+        for row, each in zip(rows, fresh, strict=True):
+            row.insert(5, effects.fresh_cell(each))
+    return table(head, rows, layout)
 
 
 # ----------------------------------------------------------------------------------------------------------

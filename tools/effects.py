@@ -268,7 +268,7 @@ def compare_with(base, others):
             for text in differing(group.runs[seed], base.runs[seed]):
                 if text not in unequal:
                     unequal.append(text)
-        effects.append(Effect(group, base, seeds, loss, unequal, fresh=compare_fresh(group, base)))
+        effects.append(Effect(group, base, seeds, loss, unequal, fresh=compare_fresh(group.runs, base.runs)))
     tested = [effect for effect in effects if not effect.unequal and effect.loss.p is not None]
     for effect, p in zip(tested, verdicts.holm([effect.loss.p for effect in tested]), strict=True):
         effect.p = p
@@ -276,13 +276,16 @@ def compare_with(base, others):
     return sorted(effects, key=lambda effect: (-effect.loss.difference, effect.group.name))
 
 
-def compare_fresh(group, base):
-    """The verdicts.Estimate of the difference of two Groups on fresh text; None without a common seed."""
-    ours = group.on_fresh_text()
-    theirs = base.on_fresh_text()
-    if ours is None or theirs is None or not group.seeds & base.seeds:
+def compare_fresh(ours, theirs):
+    """The verdicts.Estimate of the difference of two {seed: run} on fresh text, over their common seeds.
+
+    None if there is no such seed, or a run of them has no such loss.
+    """
+    common = ours.keys() & theirs.keys()
+    losses = [{seed: runs[seed].fresh_loss() for seed in common} for runs in (ours, theirs)]
+    if not common or any(None in each.values() for each in losses):
         return None
-    return paired_loss(ours.losses(), theirs.losses())[0]
+    return paired_loss(*losses)[0]
 
 
 def share_spread(base, effects):
@@ -381,12 +384,11 @@ def speed_cell(effect):
     return text
 
 
-def fresh_cell(effect):
-    """The difference on fresh text in nats."""
-    if effect.fresh is None:
+def fresh_cell(fresh):
+    """The verdicts.Estimate of a difference on fresh text, in nats; a dash for None."""
+    if fresh is None:
         return "–"
-    half = "" if effect.fresh.half is None else f" ± {effect.fresh.half:.4f}"
-    return f"{effect.fresh.difference:+.4f}{half}"
+    return f"{fresh.difference:+.4f}" + ("" if fresh.half is None else f" ± {fresh.half:.4f}")
 
 
 def loss_cells(effect):
@@ -424,7 +426,7 @@ def effects_table(effects):
     if any(effect.fresh for effect in effects):
         head.insert(5, "on fresh text, nats")
         for row, effect in zip(rows, effects, strict=True):
-            row.insert(5, fresh_cell(effect))
+            row.insert(5, fresh_cell(effect.fresh))
     return table(head, rows, ["---", "--:", "--:", "---"] + ["--:"] * (len(head) - 4))
 
 
@@ -474,7 +476,7 @@ def in_words(effects):
     doubtful = []
     for effect in reversed(effects):
         if is_doubtful(effect.verdict, effect.fresh):
-            doubtful.append(f"{effect.group.name} ({fresh_cell(effect)})")
+            doubtful.append(f"{effect.group.name} ({fresh_cell(effect.fresh)})")
     if doubtful:
         sentences.append(f"On the fresh text of the last quarter of training the interval doesn't bear this "
                          f"out for {', '.join(doubtful)}: look at the validation text.")  # fmt: skip

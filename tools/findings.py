@@ -465,7 +465,7 @@ def check_on_fresh_text(finding, key, size, ours, theirs, verdict):
     told = f"{key.removesuffix(f' at {size}')}, {FRESH}" + (f" at {size}" if size else "")
     if FRESH in key or told in finding.verdicts:
         return
-    if effects.is_doubtful(verdict, effects.compare_fresh(ours, theirs)):
+    if effects.is_doubtful(verdict, effects.compare_fresh(ours.runs, theirs.runs)):
         fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict}, which fresh text doesn't bear "
                      f"out: tell {{{told}}}, too")  # fmt: skip
 
@@ -484,7 +484,8 @@ def borne_out():
             here = Evidence(finding.runs, size or finding.sizes[0], finding.own_rate)
             ours, theirs = map(here.group, inside.split(" - "))
             place = here.where, ours.name, theirs.name
-            counted[place] = not effects.is_doubtful(verdict, effects.compare_fresh(ours, theirs))
+            fresh = effects.compare_fresh(ours.runs, theirs.runs)
+            counted[place] = not effects.is_doubtful(verdict, fresh)
     return f"{sum(counted.values())} of {len(counted)}"
 
 

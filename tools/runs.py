@@ -336,6 +336,9 @@ class Pool:
     def losses(self):
         return [run.loss for run in self.runs]
 
+    def by_seed(self):
+        return {run.seed: run for run in self.runs}
+
     def losses_by_seed(self):
         return {run.seed: run.loss for run in self.runs}
 
