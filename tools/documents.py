@@ -112,7 +112,8 @@ def describe_documents(targets, documents, tokenizer, n_scored):
 def losses(model, rows, device):
     """The loss of each target of windows (n, T + 1), in their order: (n * T,)."""
     found = []
-    for part in rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])):
+    parts = rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1]))
+    for part in fineweb.with_estimate(parts, "scoring a run", "--tokens makes it shorter"):
         part = part.to(device)
         _, loss = model(part[:, :-1], part[:, 1:], reduction="none")
         found.append(loss.reshape(-1).double().cpu())
