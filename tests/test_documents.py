@@ -114,6 +114,13 @@ def test_a_difference_by_hand():
     assert rows(said)["a"][1:4] == ["1.7667 ± 1.2706", "3.1000 ± 1.2706", "2.1000 ± 1.2706"]
 
 
+def test_what_all_names_begin_with_stands_in_the_head():
+    said = documents.report(scores({"st-1M-gpt2": {1: [1.0, 2.0]}, "st-1M-gpt2-rope": {1: [0.5, 2.0]}}, [5, 5]))
+    assert "| st-1M-… | loss |" in said
+    assert "gpt2-rope minus gpt2" in rows(said) and {"gpt2", "gpt2-rope"} <= rows(said).keys()
+    assert documents.shared_start(["gpt2", "gpt2-rope"]) == documents.shared_start(["st-1M-gpt2"]) == ""
+
+
 def test_one_seed_gets_an_interval_over_documents_and_no_verdict():
     said = documents.report(scores({"a": {1: [1.0, 2.0]}, "b": {1: [1.5, 2.7]}, "c": {2: [3.0, 3.0]}}, [5, 5]))
     cells = rows(said)["a minus b"]

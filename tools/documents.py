@@ -23,6 +23,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -359,9 +360,16 @@ def mean_cell(by_seed, weight):
     return f"{statistics.mean(values):.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
+def shared_start(names):
+    """What all names begin with up to a hyphen, as "architectures-0.25M-"; empty if there is only one."""
+    start = os.path.commonprefix(list(names)) if len(names) > 1 else ""
+    return start[: start.rfind("-") + 1]
+
+
 def models_table(scores):
     """Each model's loss on all the text and on parts of it, the best first."""
     models = models_of(scores.runs)
+    start = shared_start(models)
     parts = {
         "loss": weights(scores.documents),
         "what training scored": weights(scores.documents, lambda document: document.scored),
@@ -371,9 +379,9 @@ def models_table(scores):
     rows = []
     for name, by_seed in models.items():
         cells = [mean_cell(by_seed, weight) for weight in parts.values()]
-        rows.append([name, *cells, str(len(by_seed))])
+        rows.append([name.removeprefix(start), *cells, str(len(by_seed))])
     rows.sort(key=lambda row: float(row[1].split(" ")[0]))
-    return table(["", *parts, "seeds"], rows, ["---"] + ["--:"] * (len(parts) + 1))
+    return table([f"{start}…" if start else "", *parts, "seeds"], rows, ["---"] + ["--:"] * (len(parts) + 1))
 
 
 def half_cell(part):
@@ -381,6 +389,8 @@ def half_cell(part):
 
 
 def pairs_table(pairs):
+    """The differences of all pairs, a row each."""
+    start = shared_start({name for pair in pairs for name in (pair.a, pair.b)})
     rows = []
     for pair in pairs:
         both = "–" if pair.both is None else f"{pair.both.half:.4f}"
@@ -388,7 +398,7 @@ def pairs_table(pairs):
         other = "–" if pair.in_script is None else f"{pair.in_script:+.4f}"
         moved = f"{pair.moved:+.4f} by number {pair.mover + 1}"
         halves = [half_cell(pair.of_seeds), half_cell(pair.of_documents), both]
-        name = f"{pair.a} minus {pair.b}"
+        name = f"{pair.a.removeprefix(start)} minus {pair.b.removeprefix(start)}"
         rows.append([name, f"{pair.difference:+.4f}", *halves, pair.verdict, p, other, moved])
     head = ["", "difference", "± over seeds", "± over documents", "± both", "verdict", "p, corrected"]
     head += ["without other scripts", "moved most"]
