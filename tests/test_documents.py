@@ -195,12 +195,12 @@ def test_mistakes_are_one_line(run, made, tmp_path, small_sample):  # noqa: F811
         ([short], "has other block_size than the runs before it, 16 and not 64"),
         ([less], "has other val_tokens than the runs before it, 1024 and not 2048"),
         ([other], "has other data than the runs before it"),
-        ([one, seed], "is no other seed of gpt2: its n_layer differ. Rename its folder"),
+        ([one, seed], "log/gpt2: n_layer differ. Rename its folder"),
         ([tmp_path / "none.json"], "none.json can't be read: Object missing required field"),
         (["--json", tmp_path], "is a folder, give the name of a file"),
     ):
         status, said = run(documents, good, *given, "--tokens", 2048)
-        assert status == 1 and words in said.splitlines()[-1], said
+        assert status == 1 and words in said.splitlines()[-1] and f"{good}: " not in said, said
     status, said = run(documents, other)
     assert status == 1 and f"was trained on other data than there are now in {small_sample}" in said
     run(documents, good, "--tokens", 2048, "--json", "a.json")

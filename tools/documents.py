@@ -133,7 +133,6 @@ class Text:
         if data["fingerprint"] != self.data:
             fineweb.fail(f"{folder} was trained on other data than there are now in {config.data_dir}")
         self.block_size = config.block_size
-        self.val_tokens = config.val_tokens
         windows = fineweb.Windows(config.data_dir, "val", config.block_size)
         count = min(len(windows), max(1, most // config.block_size))
         n_scored = min(count, max(1, config.val_tokens // config.block_size)) * config.block_size
@@ -150,40 +149,47 @@ class Text:
         return [round(float(value), DIGITS) for value in sums / counts]
 
 
-def check_alike(folder, config, checkpoint, text):
-    """Raises SystemExit if a run can't be scored on the text of the first."""
-    ours = checkpoint["data"]["fingerprint"], config.block_size, config.val_tokens
-    for what, here, there in zip(("data", "block_size", "val_tokens"), ours,
-                                 (text.data, text.block_size, text.val_tokens), strict=True):  # fmt: skip
-        if here != there:
-            fineweb.fail(f"{folder} has other {what} than the runs before it, {here} and not {there}: "
-                         "give runs with the same")  # fmt: skip
+def check_together(folders):
+    """Raises SystemExit, with one line, unless runs can be scored on one text and named seeds are seeds.
+
+    So nothing is scored before all are known to be fit for it.
+    """
+    first = None
+    seeds_of = {}  # model -> (a folder, what must be the same in its other seeds)
+    for folder in folders:
+        script, config, checkpoint = read_checkpoint(folder)
+        check_script(folder, script, checkpoint["script_hash"])
+        text = {"data": checkpoint["data"]["fingerprint"]}
+        text |= {name: getattr(config, name) for name in ("block_size", "val_tokens")}
+        first = first or text
+        for what, here in text.items():
+            if here != first[what]:
+                fineweb.fail(f"{folder} has other {what} than the runs before it, {here} and not "
+                             f"{first[what]}: give runs with the same")  # fmt: skip
+        same = {name: value for name, value in checkpoint["config"].items() if name not in VARYING_FIELDS}
+        same |= {"seed": None, "script": checkpoint["script_hash"], "step": checkpoint["step"]}
+        model = folder.name.removesuffix(f"-{config.seed}")
+        other, wanted = seeds_of.setdefault(model, (folder, same))
+        differing = [name for name in same if same[name] != wanted.get(name)]
+        if differing:
+            fineweb.fail(f"{folder} is no other seed of {other}: {', '.join(differing)} differ. "
+                         "Rename its folder")  # fmt: skip
 
 
 def score(folders, most, device):
     """The Scores of runs, in the order of their folders, with a line for each."""
+    check_together(folders)
     text = None
     runs = []
-    configs = {}
     for folder in folders:
         script, config, checkpoint = read_checkpoint(folder)
-        check_script(folder, script, checkpoint["script_hash"])
-        if text is None:
-            text = Text(folder, config, checkpoint, most)
-        check_alike(folder, config, checkpoint, text)
+        text = text or Text(folder, config, checkpoint, most)
         model = script.Model(config)
         model.load_state_dict(checkpoint["model"])
         model.to(device).eval()
         found = text.by_document(losses(model, text.rows, device))
-        run = ScoredRun(folder.name, config.seed, checkpoint["step"], found)
-        same = {name: value for name, value in checkpoint["config"].items() if name not in VARYING_FIELDS}
-        same |= {"seed": None, "script": checkpoint["script_hash"], "step": checkpoint["step"]}
-        if configs.setdefault(run.model, same) != same:
-            other = [name for name in same if same[name] != configs[run.model].get(name)]
-            fineweb.fail(f"{folder} is no other seed of {run.model}: its {', '.join(other)} differ. "
-                         "Rename its folder")  # fmt: skip
-        runs.append(run)
-        print(f"{folder}: {mean_loss(run, text.documents):.4f}", flush=True)
+        runs.append(ScoredRun(folder.name, config.seed, checkpoint["step"], found))
+        print(f"{folder}: {mean_loss(runs[-1], text.documents):.4f}", flush=True)
     return Scores(text.data, text.block_size, text.documents, runs)
 
 
