@@ -177,8 +177,8 @@ def test_a_verdict_that_fresh_text_does_not_bear_out_is_named(tmp_path):
     assert made["gpt2-nope"][2] == "worse" and made["gpt2-nope"][4].startswith("+0.2000 ± 0.00")
     assert made["gpt2-alone"][4] == "-0.5000" and made["gpt2-relu2"][4] == "–"
     assert made["gpt2-rope"][5:7] == ["3", "1.000"]
-    assert said.count("look at the validation text") == 1
-    assert f"doesn't bear this out for gpt2-rope ({made['gpt2-rope'][4]}): look at" in said
+    assert said.count("take that as open") == 1
+    assert f"doesn't bear this out for gpt2-rope ({made['gpt2-rope'][4]}): take" in said
     short = make_entry("gpt2", BASE, base=None) + make_entry("gpt2-rope", BASE)
     short = plain(effects.study_parts(short, tmp_path)[0])
     assert "on fresh text, nats" in said and "on fresh text, nats" not in short

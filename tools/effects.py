@@ -479,7 +479,7 @@ def in_words(effects):
             doubtful.append(f"{effect.group.name} ({fresh_cell(effect.fresh)})")
     if doubtful:
         sentences.append(f"On the fresh text of the last quarter of training the interval doesn't bear this "
-                         f"out for {', '.join(doubtful)}: look at the validation text.")  # fmt: skip
+                         f"out for {', '.join(doubtful)}: take that as open.")  # fmt: skip
     for effect in effects:
         if effect.unequal:
             sentences.append(f"{effect.group.name} has no verdict: {'; '.join(effect.unequal)}.")

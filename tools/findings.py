@@ -473,7 +473,7 @@ def check_on_fresh_text(finding, key, size, ours, theirs, verdict):
 def borne_out():
     """How many verdicts of all answers are borne out by fresh text, in words.
 
-    Counted are the differences, each once for its study, size and rates.
+    Counted are the differences, each once for its study, size and rates, that have an interval there.
     """
     counted = {}
     for finding in read_file(FILE):
@@ -485,7 +485,8 @@ def borne_out():
             ours, theirs = map(here.group, inside.split(" - "))
             place = here.where, ours.name, theirs.name
             fresh = effects.compare_fresh(ours.runs, theirs.runs)
-            counted[place] = not effects.is_doubtful(verdict, fresh)
+            if fresh and fresh.half is not None:
+                counted[place] = not effects.is_doubtful(verdict, fresh)
     return f"{sum(counted.values())} of {len(counted)}"
 
 
