@@ -203,6 +203,11 @@ def test_mistakes_are_one_line(run, made, tmp_path, small_sample):  # noqa: F811
         assert status == 1 and words in said.splitlines()[-1] and not said.startswith(f"{good}: "), said
     status, said = run(documents, other)
     assert status == 1 and f"was trained on other data than there are now in {small_sample}" in said
+    ahead = scores({"m": {1: [1.0], 2: [1.0]}}, [5])
+    ahead.runs[1].step = 9
+    documents.write(tmp_path / "ahead.json", ahead)
+    status, said = run(documents, tmp_path / "ahead.json")
+    assert status == 1 and said == "m-2 is at step 9, another seed of m at 7: give runs that have come as far\n"
     run(documents, good, "--tokens", 2048, "--json", "a.json")
     status, said = run(documents, one, "a.json", "--tokens", 4096)
     assert status == 1 and "were not scored on the same documents" in said

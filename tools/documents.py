@@ -385,9 +385,10 @@ def models_table(scores):
     rows = []
     for name, by_seed in models.items():
         cells = [mean_cell(by_seed, weight) for weight in parts.values()]
-        rows.append([name.removeprefix(start), *cells, str(len(by_seed))])
+        step = next(run.step for run in scores.runs if run.model == name)
+        rows.append([name.removeprefix(start), *cells, str(len(by_seed)), f"{step:,}"])
     rows.sort(key=lambda row: float(row[1].split(" ")[0]))
-    return table([f"{start}…" if start else "", *parts, "seeds"], rows, ["---"] + ["--:"] * (len(parts) + 1))
+    return table([f"{start}…" if start else "", *parts, "seeds", "step"], rows, ["---"] + ["--:"] * (len(parts) + 2))
 
 
 def half_cell(part):
@@ -449,7 +450,10 @@ def write(path, scores):
 
 
 def together(all_scores):
-    """Several Scores as one; of a run that is in two the later counts. Raises SystemExit if texts differ."""
+    """Several Scores as one; of a run that is in two the later counts.
+
+    Raises SystemExit if they are of other texts, or seeds of one model of other steps.
+    """
     first, *others = all_scores
     runs = {run.run: run for run in first.runs}
     for other in others:
@@ -458,6 +462,11 @@ def together(all_scores):
             fineweb.fail("these runs were not scored on the same documents: "
                          "score all with the same data, windows, --val_tokens and --tokens")  # fmt: skip
         runs |= {run.run: run for run in other.runs}
+    steps = {}
+    for run in runs.values():
+        if steps.setdefault(run.model, run.step) != run.step:
+            fineweb.fail(f"{run.run} is at step {run.step:,}, another seed of {run.model} at "
+                         f"{steps[run.model]:,}: give runs that have come as far")  # fmt: skip
     return Scores(first.data, first.block_size, first.documents, list(runs.values()))
 
 
