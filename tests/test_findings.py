@@ -83,7 +83,8 @@ def test_differences_on_fresh_text(made_up):
     runs = with_fresh("gpt2", GPT2, [2.0, 2.1, 2.2], base=None)
     runs += with_fresh("gpt2-rope", ROPE, [2.1, 2.201, 2.3], base=None)
     known = {"gpt2-rope - gpt2": "better", "gpt2-rope - gpt2, on fresh text": "worse"}
-    said = made_up("{gpt2-rope - gpt2}, {gpt2, on fresh text}, {gpt2-rope - gpt2, on fresh text}", runs, known)
+    answer = "{gpt2-rope - gpt2}, {gpt2, on fresh text}, {gpt2-rope - gpt2, on fresh text}"
+    said = made_up(answer, runs, known)
     assert "** -1.000 ± 0.050, 2.100 ± 0.248, +0.100 ± 0.001 (" in said
     later = {"gpt2-rope - gpt2, on fresh text at 0.8M": "worse"}
     assert "+0.100" in made_up("{gpt2-rope - gpt2, on fresh text at 0.8M}", runs, later)
@@ -99,7 +100,7 @@ def test_a_verdict_that_fresh_text_does_not_bear_out_has_to_say_so(made_up, monk
     runs += with_fresh("gpt2-nope", ROPE, [1.9, 2.001, 2.1])
     known = {"gpt2-rope - gpt2": "better", "gpt2-nope - gpt2": "better"}
     assert "-1.000" in made_up("{gpt2-nope - gpt2}", runs, known)
-    words = "gpt2-rope - gpt2 is better, which fresh text doesn't bear out: tell {gpt2-rope - gpt2, on fresh text}"
+    words = "gpt2-rope - gpt2 is better, which fresh text doesn't bear out: tell {gpt2-rope - gpt2, on fre"
     with pytest.raises(SystemExit, match=words):
         made_up("{gpt2-rope - gpt2}", runs, known)
     with pytest.raises(SystemExit, match="tell {gpt2-rope - gpt2, on fresh text at 0.8M}, too"):
@@ -125,7 +126,7 @@ def test_differences_by_documents(made_up, monkeypatch, tmp_path):
     said = made_up(answer, runs, known)
     kept = documents.read(tmp_path / "results/x/documents.json")
     kept.runs = [run for run in kept.runs if run.run.startswith("x-0.8M")]
-    (same,) = [each for each in documents.compare(kept) if each.a.endswith("rope") and each.b.endswith("gpt2")]
+    (same,) = [each for each in documents.compare(kept) if (each.a[-4:], each.b[-4:]) == ("rope", "gpt2")]
     assert same.difference == pytest.approx(-1.0 - 0.02 * 5 / 4)
     half = findings.with_half(same.difference, same.both.half).split(" ± ")[1]
     assert f"** {same.difference:+.3f} ± {half}, {-same.difference:+.3f} ± {half} (" in said

@@ -388,7 +388,8 @@ def models_table(scores):
         step = next(run.step for run in scores.runs if run.model == name)
         rows.append([name.removeprefix(start), *cells, str(len(by_seed)), f"{step:,}"])
     rows.sort(key=lambda row: float(row[1].split(" ")[0]))
-    return table([f"{start}…" if start else "", *parts, "seeds", "step"], rows, ["---"] + ["--:"] * (len(parts) + 2))
+    head = [f"{start}…" if start else "", *parts, "seeds", "step"]
+    return table(head, rows, ["---"] + ["--:"] * (len(parts) + 2))
 
 
 def half_cell(part):
@@ -474,7 +475,7 @@ def main():
     as_written = argparse.RawDescriptionHelpFormatter
     name = "python -m tools.documents"
     parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=as_written)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, as log/gpt2, and files of --json")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, and files of --json")
     parser.add_argument("--tokens", type=fineweb.positive, default=1 << 20, metavar="N",
                         help="of the validation text at most [1,048,576]")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses there")
