@@ -192,6 +192,10 @@ def test_mistakes_are_one_line(run, made, tmp_path, small_sample):  # noqa: F811
     retag(other, data={"dataset": "sample", "tokenizer": "bytes", "fingerprint": "other"})
     seed = made("gpt2", "gpt2-2", n_layer=1, seed=2)
     one = made("gpt2", "gpt2-1", seed=1)
+    ahead = made("gpt2", "gpt2-3", seed=3)
+    (ahead / "step_000007.pt").rename(ahead / "step_000009.pt")
+    path = ahead / "step_000009.pt"
+    torch.save(torch.load(path, weights_only=True) | {"step": 9}, path)
     (tmp_path / "none.json").write_text("{}")
     for given, words in (
         ([tmp_path / "nowhere"], "holds no checkpoint"),
@@ -199,6 +203,7 @@ def test_mistakes_are_one_line(run, made, tmp_path, small_sample):  # noqa: F811
         ([less], "has other val_tokens than the runs before it, 1024 and not 2048"),
         ([other], "has other data than the runs before it"),
         ([one, seed], "log/gpt2: n_layer differ. Rename its folder"),
+        ([ahead], "gpt2-3 is at step 9, "),
         ([tmp_path / "none.json"], "none.json can't be read: Object missing required field"),
         (["--json", tmp_path], "is a folder, give the name of a file"),
     ):
@@ -206,9 +211,9 @@ def test_mistakes_are_one_line(run, made, tmp_path, small_sample):  # noqa: F811
         assert status == 1 and words in said.splitlines()[-1] and not said.startswith(f"{good}: "), said
     status, said = run(documents, other)
     assert status == 1 and f"was trained on other data than there are now in {small_sample}" in said
-    ahead = scores({"m": {1: [1.0], 2: [1.0]}}, [5])
-    ahead.runs[1].step = 9
-    documents.write(tmp_path / "ahead.json", ahead)
+    later = scores({"m": {1: [1.0], 2: [1.0]}}, [5])
+    later.runs[1].step = 9
+    documents.write(tmp_path / "ahead.json", later)
     status, said = run(documents, tmp_path / "ahead.json")
     assert status == 1 and said.startswith("m-2 is at step 9, another seed of m at 7: give runs")
     run(documents, good, "--tokens", 2048, "--json", "a.json")

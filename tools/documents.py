@@ -171,6 +171,9 @@ def check_together(folders):
         model = folder.name.removesuffix(f"-{config.seed}")
         other, wanted = seeds_of.setdefault(model, (folder, same))
         differing = [name for name in same if same[name] != wanted.get(name)]
+        if differing == ["step"]:
+            fineweb.fail(f"{folder} is at step {same['step']:,}, {other} at {wanted['step']:,}: "
+                         "give runs that have come as far")  # fmt: skip
         if differing:
             fineweb.fail(f"{folder} is no other seed of {other}: {', '.join(differing)} differ. "
                          "Rename its folder")  # fmt: skip
