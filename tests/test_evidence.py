@@ -63,6 +63,20 @@ def test_intervals_are_of_the_runs(known):
     assert [text for text in WRITTEN if text not in known | OTHERS] == []
 
 
+def test_how_often_rwkv_is_ahead_of_gemma():
+    """The README says in words: fifteen pairs of runs as scored, fourteen on fresh text."""
+    scored = []
+    fresh = []
+    for size in ("0.25M", "0.8M", "2.7M"):
+        for path in ("results/architectures", "results/titan"):
+            here = findings.Evidence(path, size)
+            ours, theirs = (here.group(name).runs for name in ("rwkv", "gemma"))
+            for seed in ours.keys() & theirs.keys():
+                scored.append(ours[seed].loss < theirs[seed].loss)
+                fresh.append(ours[seed].fresh_loss() < theirs[seed].fresh_loss())
+    assert (len(scored), sum(scored), sum(fresh)) == (15, 15, 14)
+
+
 def test_most_intervals_that_are_a_unit_off_are_not(known):
     """Or the test above would say little."""
     off = [f"{float(text[:5]) + 0.001:.3f}{text[5:]}" for text in set(WRITTEN) - OTHERS]

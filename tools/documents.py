@@ -3,7 +3,7 @@ Does a difference hold on more text, and from document to document?
 
     python -m tools.documents log/llama-? log/rwkv-?
     python -m tools.documents log/*-? --json results/documents.json
-    python -m tools.documents results/documents.json     # the tables again
+                                         # the tables, later, and with others:
     python -m tools.documents results/documents.json log/mine-?
 
 Scores each run's newest checkpoint on the validation text, up to --tokens of
@@ -37,7 +37,6 @@ from tools.export import check_script, read_checkpoint
 from tools.page import table
 from tools.runs import VARYING_FIELDS
 
-NAME = "documents.json"  # in the folder of a study's collection
 TOKENS_AT_ONCE = 8192  # of a forward pass
 LEAST_ASCII = 0.5  # of a document's characters, or it is of another script
 LONG = 0.05  # of the text that training scored is much for one document

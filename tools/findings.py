@@ -20,7 +20,8 @@ the answer names:
     {llama - gpt2, by documents}
                             what it is on more text than training scored, with
                             an interval over seeds and documents, by the
-                            study's documents.json, which tools.documents made
+                            documents-SIZE.json of tools.documents in the
+                            study's folder
     {mta - llama, as part of rwkv - llama}
                             one difference of means in percent of another
     {llama / gpt2, flops}   the ratio of FLOPs per token; also: parameters,
@@ -493,16 +494,15 @@ def borne_out():
 def by_documents(finding, size, names):
     """(the documents.Pair of two entries, the first minus the second, what its verdict is).
 
-    p-values are corrected for all pairs of the size that are in the file.
+    p-values are corrected for all pairs that are in the size's file.
     """
-    prefix = f"{Path(finding.runs).name}-{size}-"
-    scores = documents.read(ROOT / finding.runs / documents.NAME)
-    scores.runs = [run for run in scores.runs if run.model.startswith(prefix)]
-    ours, theirs = [prefix + name.replace(" ", "-") for name in names]
+    file = f"{finding.runs}/documents-{size}.json"
+    scores = documents.read(ROOT / file)
+    ours, theirs = [f"{Path(finding.runs).name}-{size}-{name.replace(' ', '-')}" for name in names]
     for pair in documents.compare(scores):
         if {pair.a, pair.b} == {ours, theirs}:
             return pair.turned() if pair.a == theirs else pair
-    fineweb.fail(f"{finding.runs}/{documents.NAME} has no runs of {' and '.join(names)} at {size}")
+    fineweb.fail(f"{file} has no runs of {' and '.join(names)}")
 
 
 def in_seeds(counts):
