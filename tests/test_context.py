@@ -73,7 +73,7 @@ def test_a_window_is_all_that_a_model_sees(run, made, small_sample):
     import train_llama
 
     config = train_llama.Config(data_dir=str(small_sample), block_size=64, val_tokens=2048)
-    rows, _ = context.read_rows(config, 20)
+    rows = context.read_rows(config, 20)
     checkpoint = torch.load(far / "step_000007.pt", weights_only=True)
     model = train_llama.Model(train_llama.Config(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["model"])

@@ -18,12 +18,12 @@ from tools.documents import Document, ScoredRun, Scores
 
 
 def test_an_end_counts_to_the_document_before_it():
-    targets = np.array([1, 1, 9, 2, 9, 9, 3, 3])
-    found, count = documents.find_documents(targets, 9, len(targets))
+    targets = np.array([1, 1, 256, 2, 256, 256, 3, 3])
+    found, count = documents.find_documents(targets, "bytes", len(targets))
     assert found.tolist() == [0, 0, 0, 1, 1, 2, 3, 3] and count == 4
-    found, count = documents.find_documents(targets, 9, 3)  # training scored the first document
+    found, count = documents.find_documents(targets, "bytes", 3)  # training scored the first document
     assert found.tolist() == [0, 0, 0, 1, 1, 2, 3, 3] and count == 4
-    found, count = documents.find_documents(targets, 9, 4)  # and half of the second
+    found, count = documents.find_documents(targets, "bytes", 4)  # and half of the second
     assert found.tolist() == [0, 0, 0, 1, 2, 3, 4, 4] and count == 5
 
 
@@ -31,7 +31,7 @@ def test_documents_are_described():
     text = "plain text" + "한국어" + "half é"
     pieces = [piece.encode() for piece in ("plain text", "한국어", "half é")]
     targets = np.array([token for piece in pieces for token in [*piece, 256]])
-    of_token, count = documents.find_documents(targets, 256, 15)
+    of_token, count = documents.find_documents(targets, "bytes", 15)
     plain, begun, rest, half = documents.describe_documents(targets, of_token, "bytes", 15)
     assert count == 4 and sum(map(len, pieces)) + 3 == len(targets) > len(text)
     assert plain == Document(11, 1.0, True) and begun.scored and not rest.scored and not half.scored

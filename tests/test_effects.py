@@ -181,6 +181,7 @@ def test_a_verdict_that_fresh_text_does_not_bear_out_is_named(tmp_path):
     assert f"doesn't bear this out for gpt2-rope ({made['gpt2-rope'][4]}): take" in said
     short = make_entry("gpt2", BASE, base=None) + make_entry("gpt2-rope", BASE)
     short = plain(effects.study_parts(short, tmp_path)[0])
+    assert effects.ON_FRESH_TEXT in said
     assert "on fresh text, nats" in said and "on fresh text, nats" not in short
 
 

@@ -55,6 +55,7 @@ from tools.runs import (
 
 BUDGET = 124_475_904
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/]+\.png)\)")  # in leaderboard.md
+FRESH = "on fresh text"  # the head of a column
 MOST_TOGETHER = 10  # entries of a study whose pairs and curves are shown
 
 # ----------------------------------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ def pairs_table(differences, key):
     layout = ["---", "--:", "---", "--:", "---", "--:", "--:"]
     fresh = [effects.compare_fresh(pair.a.by_seed(), pair.b.by_seed()) for pair in differences]
     if any(fresh):
-        head.insert(5, "on fresh text")
+        head.insert(5, FRESH)
         layout.insert(5, "--:")
         for row, each in zip(rows, fresh, strict=True):
             row.insert(5, effects.fresh_cell(each))
@@ -602,7 +603,9 @@ def group_report(group, keys, pairs=True):
     if doubts:
         text = "; ".join(doubts)
         first.append(text[0].upper() + text[1:] + ".")
-    return first, [Folded("All pairs, one by one", [pairs_table(differences, key)])]
+    pairs_text = pairs_table(differences, key)
+    how = [effects.ON_FRESH_TEXT] if FRESH in pairs_text else []
+    return first, [Folded("All pairs, one by one", [pairs_text, *how])]
 
 
 def scores_of(pools):

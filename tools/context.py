@@ -24,7 +24,7 @@ import torch
 
 import fineweb
 from tools import verdicts
-from tools.export import read_checkpoint
+from tools.export import load_model, open_data, read_checkpoint
 from tools.page import table
 
 TOKENS_AT_ONCE = 8192  # of a forward pass
@@ -55,10 +55,9 @@ def losses(model, rows, most, device):
 
 
 def read_rows(config, count):
-    """(validation windows of a run: (at most count, T + 1) int64 tensor, the data's fingerprint)."""
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards)
+    """Validation windows of a run: (at most count, T + 1) int64 tensor."""
     windows = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
-    return torch.from_numpy(windows.rows(np.arange(min(count, len(windows))))), data["fingerprint"]
+    return torch.from_numpy(windows.rows(np.arange(min(count, len(windows)))))
 
 
 def measure(folder, count, device):
@@ -70,14 +69,11 @@ def measure(folder, count, device):
     T = config.block_size
     if T < 4 or T & (T - 1):
         fineweb.fail(f"{folder}: its context of {T} tokens is no power of two from 4 on")
-    rows, fingerprint = read_rows(config, count)
+    data = open_data(folder, config, checkpoint)
+    rows = read_rows(config, count)
     if len(rows) < 2:
         fineweb.fail(f"{folder}: one window for validation gives no interval: --windows, or more text")
-    if fingerprint != checkpoint["data"]["fingerprint"]:
-        fineweb.fail(f"{folder} was trained on other data than there are now in {config.data_dir}")
-    model = script.Model(config)
-    model.load_state_dict(checkpoint["model"])
-    model.to(device).eval()
+    model = load_model(script, config, checkpoint, device)
     lengths = [2**power for power in range(1, T.bit_length())]
     by_length = [losses(model, rows, most, device) for most in lengths]
     whole = by_length[-1]
@@ -90,7 +86,7 @@ def measure(folder, count, device):
         "run": folder.name,
         "architecture": checkpoint["script"].removeprefix("train_"),
         "step": checkpoint["step"],
-        "data": fingerprint,
+        "data": data["fingerprint"],
         "windows": len(rows),
         "lengths": lengths,
         "loss": float(whole.mean()),

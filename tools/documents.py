@@ -33,7 +33,7 @@ import torch
 
 import fineweb
 from tools import verdicts
-from tools.export import check_script, read_checkpoint
+from tools.export import check_script, load_model, open_data, read_checkpoint
 from tools.page import table
 from tools.runs import VARYING_FIELDS
 
@@ -52,6 +52,11 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     scored: bool  # whether training scored it
 
 
+def model_name(run, seed):
+    """A run's name without the seed at its end."""
+    return run.removesuffix(f"-{seed}")
+
+
 class ScoredRun(msgspec.Struct, forbid_unknown_fields=True):
     """A run's losses."""
 
@@ -62,8 +67,7 @@ class ScoredRun(msgspec.Struct, forbid_unknown_fields=True):
 
     @property
     def model(self):
-        """Its name without the seed."""
-        return self.run.removesuffix(f"-{self.seed}")
+        return model_name(self.run, self.seed)
 
 
 class Scores(msgspec.Struct, forbid_unknown_fields=True):
@@ -79,13 +83,13 @@ class Scores(msgspec.Struct, forbid_unknown_fields=True):
 # Scoring
 
 
-def find_documents(targets, end, n_scored):
+def find_documents(targets, tokenizer, n_scored):
     """(the document of each token: (n,) int64, from 0; how many there are).
 
-    targets: (n,) int64 in the order of the text. A document begins after an end token, which counts to the
-    one before. One that goes on behind the first n_scored tokens is two.
+    targets: (n,) int64 in the order of the text. A document begins after an end-of-text, which counts to
+    the one before. One that goes on behind the first n_scored tokens is two.
     """
-    ends = targets == end
+    ends = targets == fineweb.VOCAB_SIZE[tokenizer] - 1  # the last id; this takes no vocabulary's files
     documents = np.cumsum(ends) - ends
     cut = np.arange(len(targets)) >= n_scored
     if 0 < n_scored < len(targets) and documents[n_scored - 1] == documents[n_scored]:
@@ -127,18 +131,15 @@ class Text:
     """
 
     def __init__(self, folder, config, checkpoint, most):
-        data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards)
-        self.data = checkpoint["data"]["fingerprint"]
-        if data["fingerprint"] != self.data:
-            fineweb.fail(f"{folder} was trained on other data than there are now in {config.data_dir}")
+        data = open_data(folder, config, checkpoint)
+        self.data = data["fingerprint"]
         self.block_size = config.block_size
         windows = fineweb.Windows(config.data_dir, "val", config.block_size)
         count = min(len(windows), max(1, most // config.block_size))
         n_scored = min(count, max(1, config.val_tokens // config.block_size)) * config.block_size
         self.rows = torch.from_numpy(windows.rows(np.arange(count)))
         targets = self.rows[:, 1:].flatten().numpy()
-        end = fineweb.get_tokenizer(data["tokenizer"]).eot_token
-        self.of_token, self.n_documents = find_documents(targets, end, n_scored)
+        self.of_token, self.n_documents = find_documents(targets, data["tokenizer"], n_scored)
         self.documents = describe_documents(targets, self.of_token, data["tokenizer"], n_scored)
 
     def by_document(self, of_tokens):
@@ -167,7 +168,7 @@ def check_together(folders):
                              f"{first[what]}: give runs with the same")  # fmt: skip
         same = {name: value for name, value in checkpoint["config"].items() if name not in VARYING_FIELDS}
         same |= {"seed": None, "script": checkpoint["script_hash"], "step": checkpoint["step"]}
-        model = folder.name.removesuffix(f"-{config.seed}")
+        model = model_name(folder.name, config.seed)
         other, wanted = seeds_of.setdefault(model, (folder, same))
         differing = [name for name in same if same[name] != wanted.get(name)]
         if differing == ["step"]:
@@ -186,9 +187,7 @@ def score(folders, most, device):
     for folder in folders:
         script, config, checkpoint = read_checkpoint(folder)
         text = text or Text(folder, config, checkpoint, most)
-        model = script.Model(config)
-        model.load_state_dict(checkpoint["model"])
-        model.to(device).eval()
+        model = load_model(script, config, checkpoint, device)
         found = text.by_document(losses(model, text.rows, device))
         runs.append(ScoredRun(folder.name, config.seed, checkpoint["step"], found))
         print(f"{folder}: {mean_loss(runs[-1], text.documents):.4f}", flush=True)
@@ -346,8 +345,7 @@ def doubt(config, tokenizer):
     """A line on the text that runs of a Config are validated on, empty if it is good enough."""
     windows = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
     targets = windows.rows(np.arange(len(windows)))[:, 1:].flatten()
-    end = fineweb.VOCAB_SIZE[tokenizer] - 1  # end-of-text, without the vocabulary's files
-    of_token, _ = find_documents(targets, end, len(targets))
+    of_token, _ = find_documents(targets, tokenizer, len(targets))
     text, enough = counted_tokens(np.bincount(of_token).tolist())
     if enough:
         return ""

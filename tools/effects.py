@@ -495,15 +495,17 @@ HOW_TO_READ = (
     "for no other reason. Ratios are the entry's over its base's; parameters are the trained ones, and "
     "“unequal” if they differ by more than 2%. The ratio of tokens/s is a hint only, since runs share a "
     "machine: the median over the seeds, with the lowest and the highest, or – if not both were trained on "
-    "one machine. “On fresh text”, where it is given, is the same difference by the training losses of one "
-    "in fifty of the last quarter's batches, each of which was scored before the model learned from it. It "
-    "is less precise and not quite of the end, but it is of text from all over the data, and different for "
-    "each seed: where it disagrees with the validation loss, a few documents may have decided that. At "
-    "equal tokens an entry that costs more FLOPs per token has an advantage, which its "
+    "one machine. At equal tokens an entry that costs more FLOPs per token has an advantage, which its "
     "row's ratio shows. No curve was cut short to compare at equal FLOPs: a run that is stopped early "
     "hasn't lowered its learning rate, and looks worse "
     "than it is."
 )  # fmt: skip
+ON_FRESH_TEXT = (
+    "“On fresh text” is the same difference by the training losses of one in fifty of the last quarter's "
+    "batches, each of which was scored before the model learned from it. It is less precise and not quite of "
+    "the end, but it is of text from all over the data, and different for each seed: where it disagrees with "
+    "the validation loss, a few documents may have decided that."
+)
 SHARED_SPREAD = (
     "A second look, with more power and one more assumption: that all entries, the base too, vary alike "
     "between seeds. Then their noise can be taken together. In simulated studies of equal entries it finds "
@@ -777,5 +779,5 @@ def study_parts(runs, folder):
             parts += more
             files += new
     if any("effects" in file for file in files):
-        parts.append(Folded("How to read the tables of the studies", [HOW_TO_READ]))
+        parts.append(Folded("How to read the tables of the studies", [HOW_TO_READ, ON_FRESH_TEXT]))
     return parts, files

@@ -98,6 +98,21 @@ def read_checkpoint(folder):
     return script, config, checkpoint
 
 
+def open_data(folder, config, checkpoint):
+    """The facts of the data that a run was trained on. Raises SystemExit if there are others in its data_dir."""
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards)
+    if data["fingerprint"] != checkpoint["data"]["fingerprint"]:
+        fineweb.fail(f"{folder} was trained on other data than there are now in {config.data_dir}")
+    return data
+
+
+def load_model(script, config, checkpoint, device):
+    """The model of a checkpoint, ready to be evaluated on a device."""
+    model = script.Model(config)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval()
+
+
 def read_log(folder):
     """(the runs.Log of a run, None), or (None, why it can't be read)."""
     path = folder / "log.jsonl"

@@ -54,6 +54,7 @@ answer doesn't tell the difference on fresh text, too.
 """
 import argparse
 import copy
+import functools
 import json
 import math
 import re
@@ -425,12 +426,8 @@ def fill(finding, place, evidence):
     if inside.startswith("lost with "):
         return lost_with(inside.removeprefix("lost with "), here)
     inside, _, what = inside.partition(", ")
-    key = inside
-    if what in (FRESH, BY_DOCUMENTS):
-        key += f", {what}"
     if what == FRESH:
         here = here.on_fresh_text()
-    key += f" at {size}" if size else ""
     if what in COSTS:
         return at_cost(inside, COSTS[what], size or finding.sizes[0], here)
     if " / " in inside:
@@ -449,7 +446,12 @@ def fill(finding, place, evidence):
         loss, verdict = verdicts.Estimate(pair.difference, half, pair.p, "documents"), pair.verdict
     else:
         loss, verdict = here.compare(ours, theirs)
-        check_on_fresh_text(finding, key, size, ours, theirs, verdict)
+    key = verdict_key(inside, what if what in (FRESH, BY_DOCUMENTS) else "", size)
+    fresh = verdict_key(inside, FRESH, size)
+    doubtful = what != FRESH and effects.is_doubtful(verdict, effects.compare_fresh(ours.runs, theirs.runs))
+    if doubtful and fresh not in finding.verdicts:
+        fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict}, which fresh text doesn't bear "
+                     f"out: tell {{{fresh}}}, too")  # fmt: skip
     if finding.verdicts.get(key) != verdict:
         said = finding.verdicts.get(key, "nothing")
         fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict} by the runs in {here.where}, and "
@@ -461,14 +463,9 @@ def fill(finding, place, evidence):
     return with_half(loss.difference, loss.half, 3, "+")
 
 
-def check_on_fresh_text(finding, key, size, ours, theirs, verdict):
-    """Raises SystemExit if fresh text doesn't bear a verdict out and the answer doesn't say what it gives."""
-    told = f"{key.removesuffix(f' at {size}')}, {FRESH}" + (f" at {size}" if size else "")
-    if FRESH in key or told in finding.verdicts:
-        return
-    if effects.is_doubtful(verdict, effects.compare_fresh(ours.runs, theirs.runs)):
-        fineweb.fail(f"{FILE.name}, {finding.question} {key} is {verdict}, which fresh text doesn't bear "
-                     f"out: tell {{{told}}}, too")  # fmt: skip
+def verdict_key(inside, measure, size):
+    """The key of a verdict: a difference, as "a - b", with its measure and its size if these are told."""
+    return inside + (f", {measure}" if measure else "") + (f" at {size}" if size else "")
 
 
 def borne_out():
@@ -477,12 +474,13 @@ def borne_out():
     Counted are the differences, each once for its study, size and rates, that have an interval there.
     """
     counted = {}
+    evidence = functools.cache(Evidence)
     for finding in read_file(FILE):
         for place, verdict in finding.verdicts.items():
             inside, _, size = place.partition(" at ")
             if verdict not in (verdicts.BETTER, verdicts.WORSE) or ", " in inside:
                 continue
-            here = Evidence(finding.runs, size or finding.sizes[0], finding.own_rate)
+            here = evidence(finding.runs, size or finding.sizes[0], finding.own_rate)
             ours, theirs = map(here.group, inside.split(" - "))
             place = here.where, ours.name, theirs.name
             fresh = effects.compare_fresh(ours.runs, theirs.runs)
