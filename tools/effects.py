@@ -779,5 +779,7 @@ def study_parts(runs, folder):
             parts += more
             files += new
     if any("effects" in file for file in files):
-        parts.append(Folded("How to read the tables of the studies", [HOW_TO_READ, ON_FRESH_TEXT]))
+        fresh = any("on fresh text" in part for part in parts if isinstance(part, str))
+        how = [HOW_TO_READ, ON_FRESH_TEXT] if fresh else [HOW_TO_READ]
+        parts.append(Folded("How to read the tables of the studies", how))
     return parts, files

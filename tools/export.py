@@ -99,7 +99,7 @@ def read_checkpoint(folder):
 
 
 def open_data(folder, config, checkpoint):
-    """The facts of the data that a run was trained on. Raises SystemExit if there are others in its data_dir."""
+    """The facts of the data that a run was trained on. Raises SystemExit if data_dir holds others."""
     data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards)
     if data["fingerprint"] != checkpoint["data"]["fingerprint"]:
         fineweb.fail(f"{folder} was trained on other data than there are now in {config.data_dir}")
