@@ -218,4 +218,7 @@ def test_mistakes_are_one_line(run, made, tmp_path, small_sample):  # noqa: F811
     assert status == 1 and said.startswith("m-2 is at step 9, another seed of m at 7: give runs")
     run(documents, good, "--tokens", 2048, "--json", "a.json")
     status, said = run(documents, one, "a.json", "--tokens", 4096)
-    assert status == 1 and "were not scored on the same documents" in said
+    assert status == 1 and said.startswith("these runs were not scored on the same documents: "), said
+    run(documents, one, "--tokens", 4096, "--json", "b.json")
+    status, said = run(documents, "a.json", "b.json")
+    assert status == 1 and said.startswith("these runs were not scored on the same documents: "), said

@@ -179,14 +179,19 @@ def check_together(folders):
                          "Rename its folder")  # fmt: skip
 
 
-def score(folders, most, device):
-    """The Scores of runs, in the order of their folders, with a line for each."""
+def score(folders, most, device, like=None):
+    """The Scores of runs, in the order of their folders, with a line for each.
+
+    Raises SystemExit before the first is scored if they can't be put together, or with the Scores `like`.
+    """
     check_together(folders)
     text = None
     runs = []
     for folder in folders:
         script, config, checkpoint = read_checkpoint(folder)
-        text = text or Text(folder, config, checkpoint, most)
+        if text is None:
+            text = Text(folder, config, checkpoint, most)
+            check_same(like or text, text)
         model = load_model(script, config, checkpoint, device)
         found = text.by_document(losses(model, text.rows, device))
         runs.append(ScoredRun(folder.name, config.seed, checkpoint["step"], found))
@@ -450,6 +455,14 @@ def write(path, scores):
     fineweb.write_atomic(path, lambda file: file.write(text.encode()))
 
 
+def check_same(first, other):
+    """Raises SystemExit unless two Scores, or Texts, are of the same documents in the same windows."""
+    ours = first.data, first.block_size, first.documents
+    if ours != (other.data, other.block_size, other.documents):
+        fineweb.fail("these runs were not scored on the same documents: "
+                     "score all with the same data, windows, --val_tokens and --tokens")  # fmt: skip
+
+
 def together(all_scores):
     """Several Scores as one; of a run that is in two the later counts.
 
@@ -458,10 +471,7 @@ def together(all_scores):
     first, *others = all_scores
     runs = {run.run: run for run in first.runs}
     for other in others:
-        ours = first.data, first.block_size, first.documents
-        if ours != (other.data, other.block_size, other.documents):
-            fineweb.fail("these runs were not scored on the same documents: "
-                         "score all with the same data, windows, --val_tokens and --tokens")  # fmt: skip
+        check_same(first, other)
         runs |= {run.run: run for run in other.runs}
     steps = {}
     for run in runs.values():
@@ -486,7 +496,7 @@ def main():
     folders = [path for path in args.runs if not path.is_file()]
     found = [read(path) for path in files]
     if folders:
-        found.append(score(folders, args.tokens, device))
+        found.append(score(folders, args.tokens, device, *found[:1]))
     scores = together(found)
     if args.json:
         write(args.json, scores)
