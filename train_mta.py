@@ -11,30 +11,26 @@ and the tied head are those of the released configurations.
 123,597,084 parameters with the vocabulary padded to 50,304.
 
     python train_mta.py --tiny    # a few minutes on a laptop
-    python train_mta.py           # on one GPU
-    torchrun --standalone --nproc_per_node=8 train_mta.py    # on eight
-    python train_mta.py --resume  # continue from the last checkpoint
-    python train_mta.py --eval    # score it; or --sample "Hello"
+    torchrun --standalone --nproc_per_node=8 train_mta.py    # on eight GPUs
 """
-import argparse
 import dataclasses
-import json
+import hashlib
 import math
 import os
+import shlex
 import time
 from pathlib import Path
-
-# before torch is loaded: a thread that waits for others must not keep a core busy meanwhile
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 
 import fineweb
 import hellaswag
-from fineweb import fail, option, say
+from fineweb import fail, say
 
 # ==========================================================================
 # Config
@@ -43,76 +39,70 @@ from fineweb import fail, option, say
 @dataclasses.dataclass
 class Config:
     # ---- this architecture's fields
-    n_layer: int = option(12, "blocks")
-    n_head: int = option(12, "attention heads")
-    n_embd: int = option(768, "channels of the residual stream")
-    n_inner: int = option(2048, "channels inside the MLP; all matrices together are as large as GPT-2's")
-    rope_theta: float = option(100_000.0, "base of the rotary positions")
-    conv_every: int = option(4, "one block in so many has convolutions: 2, 6, 10, counted from 0")
-    conv_queries: int = option(6, "queries that a convolution covers: its own and those before it")
-    conv_keys: int = option(11, "keys that a convolution covers, with its own in the middle")
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # channels of the residual stream
+    n_inner: int = 2048  # channels inside the MLP; all matrices together are as large as GPT-2's
+    rope_theta: float = 100_000.0  # base of the rotary positions
+    conv_every: int = 4  # one block in so many has convolutions: 2, 6, 10, counted from 0
+    conv_queries: int = 6  # queries that a convolution covers: its own and those before it
+    conv_keys: int = 11  # keys that a convolution covers, with its own in the middle
 
     # ---- the run: the same in every script
-    vocab_size: int = option(50_304, "GPT-2's 50,257 tokens, padded to a multiple of 128")
-    block_size: int = option(1024, "tokens of context")
-    batch_tokens: int = option(2**19, "effective batch: tokens per optimizer step, over all GPUs")
-    seed: int = option(1337, "seed of the initial weights, the data's order and the samples", zero=True)
+    vocab_size: int = 50_304  # GPT-2's 50,257 tokens, padded to a multiple of 128
+    block_size: int = 1024  # tokens of context
+    batch_tokens: int = 2**19  # effective batch: tokens per optimizer step, over all GPUs
+    seed: int = 1337  # seed of the initial weights, the data's order and the samples
 
     # AdamW (Loshchilov and Hutter, 2019) and a cosine schedule, both with the
     # settings of GPT-3 (Brown et al., 2020, appendix B and table 2.1)
-    max_steps: int = option(19_073, "optimizer steps: 10B tokens / 2**19")
-    warmup_steps: int = option(715, "steps of linear warm-up; GPT-3's 375M tokens are 715", zero=True)
-    max_lr: float = option(6e-4, "learning rate after the warm-up")
-    min_lr: float = option(6e-5, "learning rate at the end of the cosine; GPT-3: a tenth", zero=True)
-    weight_decay: float = option(0.1, "AdamW: how fast matrices and embeddings decay", zero=True)
-    beta1: float = option(0.9, "AdamW: decay of the running mean of gradients", zero=True)
-    beta2: float = option(0.95, "AdamW: decay of the running mean of their squares", zero=True)
-    adam_eps: float = option(1e-8, "AdamW: keeps a division by a tiny gradient finite")
-    grad_clip: float = option(1.0, "gradients with a larger norm are scaled down to this norm")
-    recipe: str = option("paper", "AdamW and schedule: shared, or the paper's own where it has one for "
-                         "this size, as RWKV-7's has", ("paper", "shared"))  # fmt: skip
+    max_steps: int = 19_073  # optimizer steps: 10B tokens / 2**19
+    warmup_steps: int = 715  # steps of linear warm-up; GPT-3's 375M tokens are 715
+    max_lr: float = 6e-4  # learning rate after the warm-up
+    min_lr: float = 6e-5  # learning rate at the end of the cosine; GPT-3: a tenth
+    weight_decay: float = 0.1  # AdamW: how fast matrices and embeddings decay
+    beta1: float = 0.9  # AdamW: decay of the running mean of gradients
+    beta2: float = 0.95  # AdamW: decay of the running mean of their squares
+    adam_eps: float = 1e-8  # AdamW: keeps a division by a tiny gradient finite
+    grad_clip: float = 1.0  # gradients with a larger norm are scaled down to this norm
+    recipe: Literal["paper", "shared"] = "paper"  # the paper's own settings, if it has some, as RWKV-7's
 
-    data_dir: str = option("data/fineweb10B", "folder of token shards, made by fineweb.py")
-    train_shards: int = option(100, "training shards to use, of 100M tokens each")
-    val_tokens: int = option(10_485_760, "tokens of the validation shard to use, as in llm.c")
-    hellaswag: str = option(hellaswag.DEFAULT_FILE, "HellaSwag's validation set; downloaded if missing")
-    run_name: str = option("", "the run's folder is log/NAME (default: the architecture's name)")
-    init_from: str = option("", "a checkpoint whose weights the run starts from")
-    eval_every: int = option(250, "steps between evaluations, checkpoints and samples")
-    log_every: int = option(1, "steps between lines on the screen; log.jsonl has every step")
-    prompt: str = option("Hello, I'm a language model,", "what the samples continue")
-    samples: int = option(2, "how many samples are drawn at a time")
-    sample_tokens: int = option(32, "tokens that a sample adds at most", zero=True)
-    temperature: float = option(1.0, "of the samples; 0: always the likeliest token", zero=True)
-    top_k: int = option(50, "a sample's token is one of the top_k likeliest; 0: of all", zero=True)
+    data_dir: str = "data/fineweb10B"  # folder of token shards, made by fineweb.py
+    train_shards: int = 100  # training shards to use, of 100M tokens each
+    val_tokens: int = 10_485_760  # tokens of the validation shard to use, as in llm.c
+    hellaswag: str = hellaswag.DEFAULT_FILE  # HellaSwag's validation set; downloaded if missing
+    run_name: str = ""  # the run's folder is log/NAME; empty: the architecture's name
+    init_from: str = ""  # a checkpoint whose weights the run starts from
+    eval_every: int = 250  # steps between evaluations, checkpoints and samples
+    log_every: int = 1  # steps between lines on the screen; log.jsonl has every step
+    prompt: str = "Hello, I'm a language model,"  # what the samples continue
+    samples: int = 2  # how many samples are drawn at a time
+    sample_tokens: int = 32  # tokens that a sample adds at most
+    temperature: float = 1.0  # of the samples; 0: always the likeliest token
+    top_k: int = 50  # a sample's token is one of the top_k likeliest; 0: of all
 
-    micro_batch: int = option(0, "rows at a time on a device; 0: as many as fit", zero=True)
-    device: str = option("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "type of the matrix products", ("auto", "bfloat16", "float16", "float32"))
-    compile: str = option("auto", "torch.compile; auto: on CUDA, but not on Windows", ("auto", "on", "off"))
+    micro_batch: int = 0  # rows at a time on a device; 0: as many as fit
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # type of the matrix products
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA, but not on Windows
+
+    # ---- what to do, if not to train a new run
+    tiny: bool = False  # train a small model on a small dataset that is made offline
+    resume: bool = False  # continue from the run's last checkpoint
+    eval: bool = False  # score the run's last checkpoint
+    sample: str | None = None  # continue this text with the run's last checkpoint
 
 
-# --resume may change these; another value of any other field would be another run
-MAY_CHANGE = (
-    "max_steps warmup_steps max_lr min_lr weight_decay beta1 beta2 adam_eps grad_clip data_dir "
-    "train_shards val_tokens hellaswag run_name eval_every log_every prompt samples sample_tokens "
-    "temperature top_k micro_batch device dtype compile"
-).split()
+MAY_BE_ZERO = ("seed", "warmup_steps", "sample_tokens", "top_k", "micro_batch")
 # --tiny: a run that learns English spelling in a few minutes on a laptop
 TINY_RUN = dict(
     vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000, warmup_steps=50,
-    max_lr=2e-3, min_lr=2e-4, data_dir="data/sample", val_tokens=65_536,
+    max_lr=2e-3, min_lr=2e-4, data_dir=fineweb.SAMPLE, val_tokens=65_536,
     log_every=25, prompt="Returns the ", sample_tokens=96,
 )  # fmt: skip
-# FLOP/s of dense 16-bit matrix products, from the data sheets. Other devices
-# show no MFU (model-FLOPs utilisation).
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "Tesla T4": 65e12,
-    "Tesla V100-SXM2-16GB": 125e12, "Tesla V100-SXM2-32GB": 125e12,
-}  # fmt: skip
+
+SCRIPT = Path(__file__).stem
+CHECKPOINTS = "step_????????.pt"  # in the order of their names
 
 # ---- this architecture's --tiny, and its paper's recipe if it has one
 TINY_MODEL = dict(n_layer=4, n_head=4, n_embd=128, n_inner=352)
@@ -290,6 +280,7 @@ class Model(nn.Module):
         convolves = [layer % config.conv_every == config.conv_every // 2 for layer in range(config.n_layer)]
         self.blocks = nn.ModuleList([Block(config, here) for here in convolves])
         self.norm = Norm(config.n_embd)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)  # set by the loop
         self.init_weights()
 
     @torch.no_grad()
@@ -316,20 +307,16 @@ class Model(nn.Module):
             else:
                 raise NotImplementedError(f"no initialisation for {name}")
 
-    def forward(self, idx, targets=None, reduction="mean"):
-        """Token ids idx (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, loss).
-
-        The loss is the cross-entropy in nats: its mean, or with reduction "none" each
-        token's, (B, T), and 0 where the target is negative.
-        """
+    def forward(self, idx, targets=None):
+        """Ids idx (B, T) -> (logits (B, T, V), None), or with targets (B, T) -> (None, mean loss in nats)."""
         x = self.wte(idx)  # (B, T, C)
         rope = self.rope[:, : idx.shape[1]]
         for block in self.blocks:
             x = block(x, rope)
-        x = self.norm(x)
+        logits = F.linear(self.norm(x), self.wte.weight)  # (B, T, V)
         if targets is None:
-            return F.linear(x, self.wte.weight), None  # (B, T, V)
-        return None, head_loss(x, self.wte.weight, targets, reduction)
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def decode(self, idx, state=None):
         """Logits (B, V) of the token after idx (B, T), and a state for the next call (none here)."""
@@ -353,9 +340,6 @@ class Model(nn.Module):
         maps = sum(p.numel() for name, p in self.named_parameters() if "mix" in name or "conv" in name)
         return 2 * weights + (config.n_layer * 4 * config.n_embd + 2 * maps) * keys  # QK^T, AV and maps
 
-    # ----------------------------------------------------------------------
-    # Optimizer groups
-
     def optimizer_groups(self):
         """Matrices, kernels and embeddings decay, norms and biases don't."""
         matrices = [p for p in self.parameters() if p.dim() >= 2]
@@ -367,329 +351,116 @@ class Model(nn.Module):
 
 
 # ==========================================================================
-# Loss: the same in every script
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits = x @ weight.T: x (N, C), weight (V, C), targets (N,) -> scalar.
-
-        loss = mean(logsumexp(logits) - logits[target])
-        d loss / d logits = (softmax(logits) - one_hot(target)) / N
-
-    All logits at once, (N, V), would be by far the largest tensor of the run. So they are
-    computed for some rows at a time, and the gradients of x and weight along with them, while
-    softmax(logits) is at hand. The obvious version is in tests/reference.py.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, needs_grad):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x = x.to(dtype)
-        w = weight.to(dtype)
-        dx = torch.empty_like(x) if needs_grad else None
-        dweight = torch.zeros_like(weight) if needs_grad else None
-        N = len(x)
-        rows = min(N, max(512, math.ceil(N / 16)))
-        buffer = x.new_empty(rows, len(w))  # reused: new memory for each chunk's logits is slow on a CPU
-        loss = 0.0
-        for start in range(0, N, rows):
-            chunk = x[start : start + rows]
-            target = targets[start : start + rows, None]
-            logits = torch.mm(chunk, w.T, out=buffer[: len(chunk)])  # (rows, V)
-            logits = logits.to(torch.promote_types(dtype, torch.float32))  # exp and sum need fp32
-            largest = logits.amax(-1, keepdim=True)
-            wanted = logits.gather(-1, target)
-            exps = logits.sub_(largest).exp_()
-            sums = exps.sum(-1, keepdim=True)
-            loss = loss + (sums.log() + largest - wanted).sum()
-            if needs_grad:
-                dlogits = exps.div_(sums)  # softmax(logits)
-                dlogits.scatter_add_(-1, target, -torch.ones_like(wanted))  # - one_hot(target)
-                dlogits = dlogits.to(dtype)
-                dx[start : start + rows] = dlogits @ w
-                if dtype == dweight.dtype:
-                    dweight.addmm_(dlogits.T, chunk)
-                else:
-                    dweight += dlogits.T @ chunk
-        ctx.save_for_backward(dx, dweight)
-        return loss / N
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dweight = ctx.saved_tensors
-        scale = grad / len(dx)  # divided here, not in forward: fp16 would round the small ones to zero
-        return (dx * scale).to(dx.dtype), dweight.mul_(scale), None, None
-
-
-def head_loss(x, weight, targets, reduction):
-    """Cross-entropy in nats of the logits x @ weight.T: x (B, T, C), weight (V, C), targets (B, T).
-
-    reduction "mean": a scalar. "none": (B, T), without a gradient, and 0 where a target is negative.
-    """
-    x = x.flatten(0, 1)
-    flat = targets.flatten()
-    if reduction == "mean":
-        return HeadLoss.apply(x, weight, flat, torch.is_grad_enabled())
-    losses = torch.zeros(flat.shape, device=x.device)
-    scored = (flat >= 0).nonzero().flatten()
-    for rows in scored.split(2048):
-        logits = F.linear(x[rows], weight).float()
-        losses[rows] = F.cross_entropy(logits, flat[rows], reduction="none")
-    return losses.view(targets.shape)
-
-
-# ==========================================================================
 # Set-up: the same in every script
 
 
-def parse_command_line():
-    """(Config, the options given as a dict, what else was asked for) of the command line.
-
-    Later ones override earlier ones: Config's default, the paper's recipe, --tiny, an option.
-    """
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--tiny", action="store_true", help="a small model on a small dataset made offline")
-    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
-    parser.add_argument("--eval", action="store_true", help="score the run's last checkpoint")
-    parser.add_argument("--sample", metavar="PROMPT", help="continue a text; --seed may be another one")
-    given, asked = fineweb.parse_options(parser, Config, RECIPE, TINY_MODEL | TINY_RUN)
-    values = {}
-    if given.get("recipe", "paper") == "paper":
-        values |= RECIPE
-    if asked.tiny:
-        values |= TINY_MODEL | TINY_RUN
-    return Config(**(values | given)), given, asked
-
-
-@dataclasses.dataclass
-class Machine:
-    """Where this process runs."""
-
-    rank: int  # this process's number among all
-    world: int  # how many processes there are
-    device: torch.device
-    name: str  # of the device
-    dtype: torch.dtype  # of the matrix products
-    why: str  # this dtype was chosen
-
-    @property
-    def autocast(self):
-        """A context that runs matrix products in dtype, and in fp32 whatever needs it."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+def parse(default):
+    """The Config on the command line; what isn't given there is as in default, a Config."""
+    config = tyro.cli(Config, default=default, description=__doc__, use_underscores=True,
+                      config=(tyro.conf.FlagCreatePairsOff,),
+                      console_outputs=os.environ.get("RANK", "0") == "0")  # fmt: skip
+    for name, value in vars(config).items():
+        lowest = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+        if type(value) in (int, float) and not lowest <= value < math.inf:
+            fail(f"--{name} {value}: must be at least {lowest}, and finite")
+    return config
 
 
 def start(config, world):
-    """Finds the device, joins the other processes if there are any, and returns the Machine."""
-    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    found["cpu"] = world
+    """(device, dtype of matrix products) of this process, which joins the others if torchrun started some."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": world}
     kind = config.device
     if kind == "auto":
         kind = next(name for name in found if found[name])
-    if found[kind] < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        fail(f"torch {torch.__version__} finds {found[kind]} {kind} device(s) here: "
-             "start fewer processes or change --device")  # fmt: skip
-    name = kind
+    if found[kind] <= local_rank:
+        fail(f"torch finds {found[kind]} {kind} device(s) here: start fewer processes or change --device")
     device = torch.device(kind)
+    dtype = torch.float32  # the safe choice on a CPU and on Apple's GPUs
     if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        name = torch.cuda.get_device_name(device)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-    dtype, why = choose_dtype(config, kind)
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if world > 1:
         # DDP must not cut the graph into buckets, since gradients are sent only once a step.
         # The line also imports _dynamo now: imported later, it would keep the group alive at exit.
         torch._dynamo.config.optimize_ddp = False
-        fineweb.end_with_parent()  # torchrun
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    rank = int(os.environ.get("RANK", 0))
-    return Machine(rank, world, device, name, dtype, why)
+    return device, dtype if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def choose_dtype(config, kind):
-    """(torch dtype of the matrix products, why) on a kind of device."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype), "as asked for"
-    if kind != "cuda":
-        return torch.float32, f"the safe choice on {kind}"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the GPU has it"
-    return torch.float16, "the GPU has no bfloat16; with a loss scaler"
+def sum_over_ranks(values, device):
+    """A list of numbers, each summed over all processes."""
+    if dist.is_initialized():
+        values = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(values)
+        values = values.tolist()
+    return values
 
 
-def over_ranks(values, machine, op=dist.ReduceOp.SUM):
-    """A list of numbers, summed over all processes, or reduced by another op."""
-    if machine.world == 1:
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=machine.device)
-    dist.all_reduce(values, op)
-    return values.tolist()
-
-
-def find_micro_batch(config, rows, machine):
+def find_micro_batch(config, rows, world, device, autocast):
     """The largest divisor of rows that fits into the device's memory, the same on every process."""
-    if config.micro_batch:
-        return config.micro_batch
-    on_cpu = machine.device.type == "cpu"
-    most = (4096 if on_cpu else 65_536) // config.block_size  # more would hardly be faster
+    most = (4096 if device.type == "cpu" else 65_536) // config.block_size  # more would hardly be faster
     sizes = [n for n in range(rows, 0, -1) if rows % n == 0 and n <= max(1, most)]
-    if on_cpu:  # the system kills a process that runs out of memory, so there is nothing to try
-        return sizes[0]
+    if config.micro_batch or device.type == "cpu":  # there the system kills what is too large
+        return config.micro_batch or sizes[0]
     for n in sizes:
-        error = try_micro_batch(config, n, machine)
-        fits = over_ranks([float(error is None)], machine, dist.ReduceOp.MIN)[0]
-        if fits:
+        fits = 1.0
+        try:
+            model = Model(config).to(device)  # not compiled, which takes a little more memory
+            optimizer = torch.optim.AdamW(model.parameters())
+            idx = torch.zeros(n, config.block_size, dtype=torch.int64, device=device)
+            for _ in range(2):  # the second has gradients and AdamW's moments in memory, too
+                with autocast:
+                    _, loss = model(idx, idx)
+                loss.backward()
+                optimizer.step()
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "ALLOC" not in str(error):  # cuBLAS's and cuDNN's
+                raise
+            fits = 0.0
+        model = optimizer = loss = None
+        if sum_over_ranks([fits], device)[0] == world:
             return n
-    fail(f"not even one row of {config.block_size} tokens fits: "
-         f"use a smaller --block_size or model. {error or ''}")  # fmt: skip
-
-
-def try_micro_batch(config, n, machine):
-    """Takes two training steps with n rows. Returns None, or the error message if memory ran out."""
-    error = None
-    try:
-        model = Model(config).to(machine.device)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=machine.device.type != "mps")
-        idx = torch.zeros(n, config.block_size, dtype=torch.int64, device=machine.device)
-        for _ in range(2):  # the second has gradients and AdamW's moments in memory, too
-            with machine.autocast:
-                _, loss = model(idx, idx)
-            loss.backward()
-            optimizer.step()
-    except RuntimeError as caught:
-        error = str(caught).splitlines()[0]
-        words = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # torch's, cuBLAS's, cuDNN's
-        if not any(word in error for word in words):
-            raise
-    if machine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(machine.device)  # the run shows its own peak
-    return error
+    fail(f"not even one row of {config.block_size} tokens fits: use a smaller --block_size or model")
 
 
 # ==========================================================================
 # Checkpoints: the same in every script
 
-CHECKPOINT_FORMAT = 3
-SCRIPT = Path(__file__).name.split(".")[0]  # a changed script's copy in a run's folder is train_x.2.py
 
-
-def checkpoint_paths(folder):
-    """The run's checkpoints, oldest first."""
-    paths = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdigit()]
-    return sorted(paths, key=lambda path: int(path.stem[5:]))
-
-
-def save_checkpoint(folder, step, config, data, model, optimizer, scaler):
+def save_checkpoint(folder, step, data, model, optimizer, scaler):
     """Writes folder/step_N.pt with all that --resume needs, whole or not at all; keeps the last two."""
     checkpoint = {
-        "format": CHECKPOINT_FORMAT, "script": SCRIPT, "script_hash": fineweb.hash_at_start(__file__),
+        "script": SCRIPT, "config": vars(model.config), "data": data,
         "step": step,  # also the position in the data: a batch is a function of seed and step
-        "config": dataclasses.asdict(config), "data": data,
         "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
-        "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+        "scaler": scaler.state_dict(),
     }  # fmt: skip
-    path = folder / f"step_{step:06d}.pt"
-    advice = "continue with --resume" if step else "run the same command again"
-    fineweb.write_atomic(path, lambda file: torch.save(checkpoint, file), advice)
-    for old in checkpoint_paths(folder)[:-2]:
+    path = folder / f"step_{step:08d}.pt"
+    fineweb.write_atomic(path, lambda file: torch.save(checkpoint, file), "continue with --resume")
+    for old in (*sorted(folder.glob(CHECKPOINTS))[:-2], *folder.glob("step_*.tmp")):  # a killed run's
         old.unlink()
     say(f"step {step:05d} | saved {path}")
 
 
-def load_checkpoint(folder):
-    """The newest checkpoint that can be read, or None. A damaged one is skipped with a line."""
-    for path in reversed(checkpoint_paths(folder)):
-        try:
-            return fineweb.load_whole(path, __file__, lambda config: Model(Config(**config)))
-        except ValueError as reason:
-            say(f"{path} is damaged ({reason}): using the one before it")
-    return None
-
-
 def open_run(folder, asked):
-    """The checkpoint to continue from, or None for a new run. Who trains takes the folder's lock.
+    """A run's newest whole checkpoint, {} if it is to begin. Who trains takes the folder's lock.
 
-    Raises SystemExit if one is needed and there is none, or if a new run would overwrite an old one.
+    Raises SystemExit if there is none where one is needed, or one where a run is to begin.
     """
     reads = asked.eval or asked.sample is not None
-    if folder.exists() and not reads:
-        fineweb.lock_run(folder)
-    paths = checkpoint_paths(folder)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a crash
-    if paths and (asked.resume or restarted or reads):
-        checkpoint = load_checkpoint(folder)
-        if checkpoint is None:
-            fail(f"{folder} holds no checkpoint that can be read: choose another --run_name")
-        return checkpoint
-    if reads or (asked.resume and not folder.exists()):
-        fail(f"{folder} holds no checkpoint: train it first, or name another run with --run_name")
-    if asked.resume:  # a start saves a checkpoint before it opens the log
-        say(f"{folder} holds no checkpoint yet: starting at step 0")
-    refuse_old_run(folder)
-    return None
-
-
-def open_weights(path):
-    """The checkpoint of another run that --init_from names. Raises SystemExit if there is none."""
-    try:
-        return fineweb.load_whole(path, __file__, lambda config: Model(Config(**config)))
-    except ValueError as reason:
-        fail(f"--init_from {path} is not a whole checkpoint: {reason}")
-
-
-def initial_config(config, initial, given):
-    """The Config of a run that starts from the checkpoint initial: its model, but for what is given."""
-    names = [field.name for field in dataclasses.fields(Config)]
-    of_model = names[: names.index("block_size") + 1]  # the architecture's fields come first
-    old = initial["config"]
-    taken = {name: old[name] for name in of_model if name in old and name not in given}
-    return dataclasses.replace(config, **taken)
-
-
-def refuse_old_run(folder):
-    """Raises SystemExit if a new run would overwrite what is in the folder."""
-    if checkpoint_paths(folder):
+    if not folder.exists() and (reads or asked.resume):
+        fail(f"{folder} doesn't exist: train it first, or name another run with --run_name")
+    if not reads:
+        fineweb.lock(folder, "wait for it, or choose another --run_name")
+    paths = sorted(folder.glob(CHECKPOINTS), reverse=True)  # the newest one first
+    if paths and not (reads or asked.resume):
         fail(f"{folder} already holds a run: continue it with --resume, or choose another --run_name")
-    if (folder / "log.jsonl").exists():
-        fail(f"{folder} holds the log of a run without checkpoints: choose another --run_name")
-
-
-def resumed_config(checkpoint, given, folder, asked):
-    """The checkpoint's Config with the options given now. Raises SystemExit for one that can't change."""
-    old = checkpoint["config"]
-    if checkpoint["script"] != SCRIPT:
-        fail(f"the checkpoint was made by {checkpoint['script']}.py: use that script")
-    trained_by = fineweb.find_copy(folder, SCRIPT, checkpoint.get("script_hash"))
-    its_copy = f"PYTHONPATH=. python {trained_by}"
-    names = {field.name for field in dataclasses.fields(Config)}
-    if checkpoint["format"] != CHECKPOINT_FORMAT or old.keys() != names:
-        fail(f"the checkpoint is of another version of this script: run its copy, {its_copy}")
-    if checkpoint["script_hash"] != fineweb.hash_at_start(__file__):
-        say(f"note: {SCRIPT}.py has changed since this checkpoint; its copy runs by {its_copy}")
-    for name, value in given.items():
-        can_change = name in MAY_CHANGE or (name == "seed" and asked.sample is not None)
-        if value != old[name] and not can_change:
-            fail(f"--{name} {value}: the checkpoint has {old[name]}; leave it out, or start another run")
-    config = Config(**(old | given))
-    if config.max_steps != old["max_steps"]:
-        say(f"--max_steps {config.max_steps}, no longer {old['max_steps']}: this changes the learning rate")
-    return config
-
-
-def make_model(config, checkpoint, machine):
-    """The Model with its initial weights or the checkpoint's. Raises SystemExit if these don't fit."""
-    torch.manual_seed(config.seed)
-    model = Model(config)  # on the CPU: the same weights on every device
-    if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            fail(f"the checkpoint's weights don't fit this script's Model ({reason[:80]}): leave out "
-                 "options for its shape, or run the copy of the script in the run's folder")  # fmt: skip
-    return model.to(machine.device)
+    if reads and not paths:
+        fail(f"{folder} holds no checkpoint: train it first, or name another run with --run_name")
+    return fineweb.load_checkpoint(paths, SCRIPT, vars(asked)) if paths else {}
 
 
 # ==========================================================================
@@ -705,252 +476,228 @@ def get_lr(config, step):
     return config.min_lr + (config.max_lr - config.min_lr) * cosine
 
 
+def train_step(net, model, optimizer, scaler, step, batch, micro_batch, autocast):
+    """One optimizer step on this process's rows, batch (B, T + 1), with micro_batch of them at a time.
+
+    net is the model as it is called: compiled, or in DDP. Returns floats, the mean loss over the rows
+    and the gradient's norm before clipping, and a dict of the model's own figures.
+    """
+    model.train()
+    model.step.fill_(step)
+    loss = torch.zeros((), device=batch.device)
+    micro_batches = batch.split(micro_batch)
+    for number, rows in enumerate(micro_batches, start=1):
+        if dist.is_initialized():
+            # gradients add up in .grad, so averaging them over the processes can wait for the last
+            net.require_backward_grad_sync = number == len(micro_batches)
+        with autocast:
+            _, micro_loss = net(rows[:, :-1], rows[:, 1:])
+        # .grad adds up the gradients of the micro-batches, but the loss is a mean over them
+        micro_loss = micro_loss / len(micro_batches)
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    scaler.unscale_(optimizer)  # from fp16's scaled gradients to the real ones, for clipping
+    norm = nn.utils.clip_grad_norm_(model.parameters(), model.config.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = get_lr(model.config, step) * group.get("lr_scale", 1.0)
+    scaler.step(optimizer)  # which skips the step if a gradient of fp16 is infinite
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    figures = model.after_step(skipped=scaler.is_enabled() and not norm.isfinite())
+    return loss.item(), norm.item(), figures
+
+
 @torch.no_grad()
-def validate(model, windows, micro_batch, machine):
+def validate(net, windows, micro_batch, rank, world, device, autocast):
     """Mean next-token loss over the windows in nats, the same on every process."""
-    mine = range(machine.rank, len(windows), machine.world)
-    starts = range(0, len(mine), micro_batch)
+    mine = range(rank, len(windows), world)
     total = 0.0
-    for start in fineweb.with_estimate(starts, "validation", "--val_tokens makes it shorter"):
-        rows = windows.rows(mine[start : start + micro_batch])
-        rows = torch.from_numpy(rows).to(machine.device)
-        with machine.autocast:
-            _, loss = model(rows[:, :-1], rows[:, 1:])
+    for first in range(0, len(mine), micro_batch):
+        rows = torch.from_numpy(windows.rows(mine[first : first + micro_batch])).to(device)
+        with autocast:
+            _, loss = net(rows[:, :-1], rows[:, 1:])
         total += loss.item() * len(rows)
-    return over_ranks([total], machine)[0] / len(windows)
+    return sum_over_ranks([total], device)[0] / len(windows)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompt, config, machine):
+def generate(model, tokenizer, prompt, device, autocast):
     """config.samples texts that continue the prompt, each as far as <|endoftext|> or sample_tokens."""
+    config = model.config
     tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    idx = torch.tensor([tokens] * config.samples, device=machine.device)
-    generator = torch.Generator(machine.device).manual_seed(config.seed)
-    k = min(config.top_k or tokenizer.n_vocab, tokenizer.n_vocab)
-    if config.temperature == 0:
-        k = 1
+    idx = torch.tensor([tokens] * config.samples, device=device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    k = min(config.top_k or tokenizer.n_vocab, tokenizer.n_vocab) if config.temperature else 1
     state = None
     for _ in range(config.sample_tokens):
-        with machine.autocast:
+        with autocast:
             logits, state = model.decode(idx, state)
-        logits = logits[:, : tokenizer.n_vocab].float()  # ids beyond n_vocab are padding
-        top = logits.topk(k)
-        below = top.values - top.values[:, :1]
-        probabilities = (below / (config.temperature or 1.0)).softmax(-1)
+        top = logits[:, : tokenizer.n_vocab].float().topk(k)  # ids beyond n_vocab are padding
+        probabilities = (top.values / (config.temperature or 1.0)).softmax(-1)
         choice = torch.multinomial(probabilities, 1, generator=generator)
         idx = torch.cat((idx, top.indices.gather(-1, choice)), dim=1)
     texts = []
-    for row in idx.tolist():
-        added = row[len(tokens) :] + [tokenizer.eot_token]
-        added = added[: added.index(tokenizer.eot_token)]
-        texts.append(prompt + tokenizer.decode(added))
+    for row in idx[:, len(tokens) :].tolist():
+        end = row.index(tokenizer.eot_token) if tokenizer.eot_token in row else len(row)
+        texts.append(prompt + tokenizer.decode(row[:end]))
     return texts
 
 
-def step_line(step, loss, lr, norm, seconds, eta, flops_per_token, config, machine):
-    """A training step in words, 80 columns at most, for the screen."""
-    rate = config.batch_tokens / seconds
-    line = f"{step:5d}/{config.max_steps}  loss {loss:.3f}  lr {lr:.1e}  norm {norm:.2f}"
-    line += f"  {fineweb.short(rate)} tok/s"
-    peak = PEAK_FLOPS.get(machine.name)
-    if peak and machine.dtype != torch.float32:
-        flops = 3 * flops_per_token * rate  # a backward pass is two forward passes' work
-        line += f"  MFU {flops / (peak * machine.world):.0%}"
-    return line + f"  eta {fineweb.duration(eta)}"
-
-
 def main():
-    # ---- what to do
-    config, given, asked = parse_command_line()
-    script = Path(__file__)
-    default_name = SCRIPT.removeprefix("train_") + ("-tiny" if asked.tiny else "")
-    folder = fineweb.run_folder(config.run_name or default_name)
+    # ---- what to do: an option, else what the checkpoint, --tiny, the paper's recipe or Config says
+    asked = parse(Config(**RECIPE))
+    name = asked.run_name or SCRIPT.removeprefix("train_") + "-tiny" * asked.tiny
+    folder = Path("log") / name
     checkpoint = open_run(folder, asked)
-    initial = None  # another run's checkpoint, whose weights this one starts from
+    values = RECIPE if asked.recipe == "paper" else {}
+    if asked.tiny:
+        values = values | TINY_MODEL | TINY_RUN
     if checkpoint:
-        config = resumed_config(checkpoint, given, folder, asked)
-    elif config.init_from:
-        initial = open_weights(config.init_from)
-        config = initial_config(config, initial, given)
-    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many processes it started
-    fineweb.check_run(config, world)
-    first_step = checkpoint["step"] if checkpoint else 0
-    last_step = first_step if asked.eval else config.max_steps
-    if asked.resume and checkpoint and first_step >= last_step:
-        fail(f"{folder} is finished at step {first_step}: "
-             "score it with --eval, or train on with a larger --max_steps")  # fmt: skip
-    machine = start(config, world)
-    device = machine.device
-    if asked.sample is not None:
-        model = make_model(config, checkpoint, machine).eval()
-        tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
-        for text in generate(model, tokenizer, asked.sample, config, machine):
-            say(text)
+        values = checkpoint["config"] | dict(tiny=False, resume=False, eval=False, sample=None)
+    elif asked.init_from:  # of which only the model is taken: its weights and its shape, the first fields
+        checkpoint = fineweb.load_checkpoint([asked.init_from], SCRIPT, vars(asked))
+        shape = list(vars(asked))[: list(vars(asked)).index("batch_tokens")]
+        values = values | {field: checkpoint["config"][field] for field in shape}
+        checkpoint |= {"step": 0, "optimizer": {}, "scaler": {}}
+        checkpoint["data"]["fingerprint"] = ""  # other data than before are fine
+    config = parse(Config(**(values | {"run_name": name})))
+    changed = {key: value for key, value in vars(config).items() if value != values.get(key, value)}
+    first_step = checkpoint.get("step", 0)
+    last_step = first_step if config.eval else max(first_step, config.max_steps)
+
+    # ---- where to do it
+    rank = int(os.environ.get("RANK", 0))  # torchrun tells each process its number
+    world = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
+    if config.batch_tokens % (world * config.block_size * max(1, config.micro_batch)):
+        fail(f"--batch_tokens {config.batch_tokens} can't be split into {world} process(es) x "
+             f"--micro_batch {config.micro_batch} rows x --block_size {config.block_size}")  # fmt: skip
+    device, dtype = start(config, world)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    # ---- the model
+    torch.manual_seed(config.seed)
+    model = Model(config)  # on the CPU: the same weights on every device
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            fail(f"the checkpoint's weights don't fit this model's shape or script: {reason[:80]}")
+    model.to(device)
+    if config.sample is not None:
+        tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"], config.data_dir)
+        say("\n".join(generate(model.eval(), tokenizer, config.sample, device, autocast)))
         return
 
     # ---- the data
-    if asked.tiny and config.data_dir == TINY_RUN["data_dir"] and machine.rank == 0:
-        fineweb.write_sample(config.data_dir)
-    over_ranks([0], machine)  # the others wait for it
-    batch_rows = config.batch_tokens // config.block_size
-    trained_on = checkpoint["data"] if checkpoint else None
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, trained_on)
-    if initial and initial["data"]["tokenizer"] != data["tokenizer"]:
-        fail(f"--init_from {config.init_from} was trained on tokens of {initial['data']['tokenizer']}, "
-             f"but {config.data_dir} has those of {data['tokenizer']}")  # fmt: skip
+    if config.data_dir == fineweb.SAMPLE:
+        fineweb.write_sample()
+    before = checkpoint.get("data")
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, before)
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
-    loader = fineweb.Loader(train, batch_rows, config.seed, machine.rank, world, device,
+    batch_rows = config.batch_tokens // config.block_size
+    loader = fineweb.Loader(train, batch_rows, config.seed, rank, world, device,
                             config.vocab_size, config.max_steps)  # fmt: skip
-    tokenizer = fineweb.try_tokenizer(data["tokenizer"]) if machine.rank == 0 else None
+    tokenizer = fineweb.try_tokenizer(data["tokenizer"], config.data_dir) if rank == 0 else None
     scorer = hellaswag.open_scorer(config.hellaswag, config.data_dir, tokenizer, config.block_size,
-                                   device, machine.rank, world)  # fmt: skip
+                                   device, rank, world)  # fmt: skip
 
-    # ---- the model
-    fineweb.check_size(lambda: Model(config), device)
-    model = make_model(config, checkpoint or initial, machine)
-    fineweb.warn_if_slow(config, model.flops_per_token(), world, device)
-
-    # ---- the batch: every process takes an equal share of its rows, in micro-batches
-    micro_batch = find_micro_batch(config, batch_rows // world, machine)
-    micro_steps = batch_rows // world // micro_batch
-
-    # ---- the optimizer
-    groups = model.optimizer_groups()
+    # ---- the optimizer; every process takes an equal share of a batch, in micro-batches
+    micro_batch = find_micro_batch(config, batch_rows // world, world, device, autocast)
     betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=device.type != "mps")
-    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
-    if checkpoint:
-        settings = optimizer.state_dict()  # as given now; the checkpoint adds AdamW's moments
-        optimizer.load_state_dict(settings | {"state": checkpoint["optimizer"]})
-        if checkpoint["scaler"]:  # it is empty where no scaler was used
-            scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"])
-    is_new = checkpoint is None
-    checkpoint = initial = None  # gives their memory back
+    optimizer = torch.optim.AdamW(model.optimizer_groups(), betas=betas, eps=config.adam_eps, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:  # the settings are as given now, the moments the checkpoint's
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+    checkpoint = {}  # gives its memory back
 
     # ---- three names for the same weights: model for checkpoints, samples and HellaSwag, whose many
     # shapes would each be compiled anew; compiled for speed; net to train, on all processes
     compiled = model
     on_linux_gpu = device.type == "cuda" and os.name == "posix"
     if config.compile == "on" or (config.compile == "auto" and on_linux_gpu):
+        # As in eager mode, backward runs outside of autocast. Under it, as is torch's default here, it
+        # would be in 16 bits even where forward leaves autocast for fp32.
+        torch._functorch.config.backward_pass_autocast = "off"
         compiled = torch.compile(model, dynamic=False)
     net = compiled
     if world > 1:
         net = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
 
-    # ---- the run's folder and log
+    # ---- the run's folder: a copy of the script, and the log, which is only ever appended to
+    source = Path(__file__).read_bytes()
+    flops = model.flops_per_token()
     facts = {
-        "script": SCRIPT, "script_hash": fineweb.hash_at_start(__file__),
-        "git": fineweb.git_version(script.parent), "torch": torch.__version__, "device": machine.name,
-        "processes": world, "dtype": f"{machine.dtype} ({machine.why})",
-        "micro_batch": micro_batch, "micro_steps": micro_steps,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "active_parameters": model.active_parameters(), "flops_per_token": model.flops_per_token(),
-        "data": data, "config": dataclasses.asdict(config),
+        "script": SCRIPT, "script_hash": hashlib.sha256(source).hexdigest()[:16], "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": world, "dtype": str(dtype), "micro_batch": micro_batch, "first_step": first_step,
+        "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": flops,
+        "active_parameters": model.active_parameters(), "data": data, "changed": changed,
     }  # fmt: skip
-    if machine.rank == 0 and not asked.eval:
-        fineweb.lock_run(folder)
-        fineweb.keep_copy(script, folder)
-        if is_new:
-            refuse_old_run(folder)  # another process may have begun and ended meanwhile
-            save_checkpoint(folder, 0, config, data, model, optimizer, scaler)
-    log_path = folder / "log.jsonl" if machine.rank == 0 else None
-    log_file = fineweb.open_log(log_path, math.inf if asked.eval else first_step)
-
-    def log(event, **fields):
-        with fineweb.one_line(f"{log_path} can't be written: make room, then continue with --resume"):
-            log_file.write(json.dumps({"event": event, **fields}) + "\n")
+    if rank == 0 and not config.eval:
+        fineweb.write_atomic(folder / f"{SCRIPT}.py", lambda file: file.write(source))
+    log = fineweb.open_log(folder / "log.jsonl" if rank == 0 else os.devnull)  # log(event, **fields)
 
     def evaluate(step):
-        """Logs and prints the validation loss and the accuracy on HellaSwag or the cloze."""
+        """Logs and prints the validation loss, the accuracy on HellaSwag or the cloze, and samples."""
         model.eval()
-        loss = validate(compiled, val, micro_batch, machine)
+        loss = validate(compiled, val, micro_batch, rank, world, device, autocast)
         log("val", step=step, loss=loss)
-        memory = ""
-        if device.type == "cuda":
-            memory = f" | peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
-        say(f"step {step:05d} | validation loss {loss:.4f}{memory}")
-        if scorer is None:
-            return
-        conventions = scorer.batches if step == last_step else ["nanogpt"]
-        for convention in conventions:
-            with machine.autocast:
-                result = scorer.score(lambda x, y: model(x, y, "none")[1], convention, step, folder)
-            log("score", step=step, **result)
-            say(f"step {step:05d} | {hellaswag.one_line(result)}")
-
-    def sample(step):
-        """Logs and prints texts that continue the prompt."""
-        for text in generate(model, tokenizer, config.prompt, config, machine):
+        say(f"step {step:05d} | validation loss {loss:.4f}")
+        for convention in scorer.batches if scorer else ():
+            if convention == "nanogpt" or step == last_step:
+                with autocast:
+                    result = scorer.score(lambda idx: model(idx)[0], convention, step, folder)
+                log("score", step=step, **result)
+                say(f"step {step:05d} | {hellaswag.one_line(result)}")
+        for text in generate(model, tokenizer, config.prompt, device, autocast) if tokenizer else ():
             log("sample", step=step, text=text)
             say(f"step {step:05d} > {text!r}")
 
-    log("run", first_step=first_step, time=time.time(), **facts)
-    fineweb.show(facts)
-    signals = fineweb.catch_signals()
-    stopping = False
-    for step in range(first_step, last_step + 1):
-        # ---- once in a while, and at the end: evaluate, sample, save
-        is_last = step == last_step
-        is_due = (step % config.eval_every == 0 or is_last) and not stopping
-        if is_due:
-            evaluate(step)
-        if is_due and tokenizer:
-            sample(step)
-        if (is_due or stopping) and step > first_step and machine.rank == 0:  # with all of it logged
-            save_checkpoint(folder, step, config, data, model, optimizer, scaler)
-        if is_last or stopping:
-            finished = step >= config.max_steps
-            command = f"--sample {json.dumps(config.prompt)}" if finished else "--resume"
-            say(f"{folder} is at step {step} of {config.max_steps}.")
-            say(f"Next: python {SCRIPT}.py --run_name {folder.name} {command}")
-            break
+    began = time.time()
+    log("run", time=began, config=vars(config), **facts)
+    for key, value in (facts | vars(config)).items():
+        say(f"{key:18} {value}")
 
-        # ---- one optimizer step
-        model.train()
-        began = time.perf_counter()
-        loss = torch.zeros((), device=device)
-        batch = loader.batch(step)  # (rows of this process, T + 1)
-        for micro_step, rows in enumerate(batch.split(micro_batch)):
-            if world > 1:
-                # gradients add up in .grad, so averaging them over the processes can wait for the last
-                net.require_backward_grad_sync = micro_step == micro_steps - 1
-            with machine.autocast:
-                _, micro_loss = net(rows[:, :-1], rows[:, 1:])
-            # .grad adds up the gradients of the micro-batches, but the loss is a mean over them
-            micro_loss = micro_loss / micro_steps
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        scaler.unscale_(optimizer)  # from fp16's scaled gradients to the real ones, for clipping
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        lr = get_lr(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        scaler.step(optimizer)  # which skips the step if a gradient of fp16 is infinite
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        norm = norm.item()
-        skipped = scaler.is_enabled() and not math.isfinite(norm)
-        figures = model.after_step(skipped)
-        loss, stopping = over_ranks([loss.item() / world, len(signals)], machine)
-        seconds = time.perf_counter() - began
+    # ---- the loop
+    with fineweb.noted_signals() as signals:
+        stopping = False
+        for step in range(first_step, last_step + 1):
+            # ---- once in a while, and at the end: evaluate, save
+            is_last = step == last_step
+            is_due = (step % config.eval_every == 0 or is_last) and not stopping
+            if is_due:
+                evaluate(step)
+            if (is_due or stopping) and step > first_step and rank == 0:
+                save_checkpoint(folder, step, data, model, optimizer, scaler)
+            if is_last or stopping:
+                break
 
-        # ---- the log and the screen
-        # fp16 may skip a step now and then, but not with a scale below 1: the gradient itself is infinite
-        lost = not math.isfinite(norm) and (not skipped or scaler.get_scale() < 1)
-        if lost or not math.isfinite(loss):
-            fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; "
-                 f"the last good checkpoint, if any, is in {folder}")  # fmt: skip
-        figures |= {"lr": lr, "norm": None if skipped else norm, "ms": 1000 * seconds}
-        log("train", step=step, loss=loss, **figures)
-        if step <= first_step + 1:  # the first step compiles
-            pace = seconds
-        pace = 0.9 * pace + 0.1 * seconds
-        if step % config.log_every == 0:
-            eta = pace * (config.max_steps - step - 1)
-            say(step_line(step, loss, lr, norm, seconds, eta, facts["flops_per_token"], config, machine))
+            # ---- one optimizer step
+            start_time = time.perf_counter()
+            batch = loader.batch(step)  # (rows of this process, T + 1)
+            loss, norm, extra = train_step(net, model, optimizer, scaler, step, batch, micro_batch, autocast)
+            loss, stopping = sum_over_ranks([loss / world, len(signals)], device)
+            seconds = time.perf_counter() - start_time
+
+            # ---- the log and the screen; fp16's scaler may skip a step, but without one the scale is 1
+            if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
+                fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; "
+                     f"the last good checkpoint, if any, is in {folder}")  # fmt: skip
+            log("train", step=step, loss=loss, norm=norm if math.isfinite(norm) else None,
+                lr=get_lr(config, step), ms=1000 * seconds, **extra)  # fmt: skip
+            if step % config.log_every == 0:
+                rate = config.batch_tokens / seconds
+                tflops = 3 * flops * rate / world / 1e12  # backward is two forward passes' work
+                left = (time.time() - began) / (step + 1 - first_step) * (last_step - step - 1)
+                say(f"{step:5d}/{last_step}  loss {loss:.3f}  norm {norm:.2f}  {rate / 1000:.1f}k tok/s  "
+                    f"{tflops:.3g} TFLOP/s  {left / 60:.1f} min left")  # fmt: skip
+    action = f"--sample {shlex.quote(config.prompt)}" if step >= config.max_steps else "--resume"
+    say(f"{folder} is at step {step} of {config.max_steps}.")
+    say(f"Next: python {SCRIPT}.py --run_name {shlex.quote(name)} {action}")
 
 
 if __name__ == "__main__":
