@@ -22,7 +22,6 @@ A shard is a file in the format of llm.c and modded-nanogpt:
 The first shard is for validation. manifest.json beside the shards names the
 tokenizer, the source and each shard's checksum.
 """
-import collections
 import contextlib
 import errno
 import functools
@@ -31,7 +30,6 @@ import json
 import mmap
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import signal
@@ -53,8 +51,7 @@ import tiktoken
 # torch, pyarrow, huggingface_hub, tyro and tqdm are imported where they are used: a tokenizer process
 # needs none of them, and torch alone would cost each 200 MB.
 
-MAGIC = 20240520
-VERSION = 1
+MAGIC = [20240520, 1]  # and the version of the format
 HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000
 VOCAB_SIZE = {"gpt2": 50257, "bytes": 257}  # the last id is <|endoftext|>
@@ -79,7 +76,7 @@ WARMUP_STEPS = 715
 def shard_header(n_tokens):
     """The first 1,024 bytes of a shard."""
     header = np.zeros(256, dtype=np.int32)
-    header[:3] = MAGIC, VERSION, n_tokens
+    header[:3] = *MAGIC, n_tokens
     return header.tobytes()
 
 
@@ -91,13 +88,12 @@ def shard_tokens(path):
     again = "remove it and run the fineweb.py command that made it again"
     with one_line(f"{path} can't be read: {again}"), open(path, "rb") as f:
         header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype=np.int32)
-    if header[:2].tolist() != [MAGIC, VERSION]:
-        fail(f"{path} is not a token shard (magic {MAGIC}, version {VERSION}): {again}")
-    size = path.stat().st_size
-    expected = HEADER_BYTES + 2 * int(header[2])
-    if size != expected:
-        fail(f"{path} is truncated ({size:,} of {expected:,} bytes): {again}")
-    return int(header[2])
+    if header[:2].tolist() != MAGIC:
+        fail(f"{path} is not a token shard, which begins with {MAGIC}: {again}")
+    n_tokens = int(header[2])
+    if path.stat().st_size != HEADER_BYTES + 2 * n_tokens:
+        fail(f"{path} is truncated, its header promises {n_tokens:,} tokens: {again}")
+    return n_tokens
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -139,13 +135,13 @@ def read_manifest(folder):
 
 def write_manifest(folder, manifest):
     content = json.dumps(manifest, indent=1).encode()
-    write_atomic(Path(folder) / "manifest.json", lambda f: f.write(content))
+    write_atomic(folder / "manifest.json", lambda f: f.write(content))
 
 
 def open_manifest(folder, wanted):
-    """The folder's manifest, or a new one; wanted: {key: value} that it must agree with.
+    """The folder's manifest, or a new one. Raises SystemExit if shards are there that are not as wanted.
 
-    Raises SystemExit if the folder holds shards of something else, or shards without a manifest.
+    wanted: {key: value} that the manifest must agree with.
     """
     manifest = read_manifest(folder) or {}
     if not manifest.get("shards") and not list(folder.glob("*.bin")):
@@ -183,7 +179,7 @@ def verify(folder):
             bad.append(str(path))
     if bad:
         fail(f"{len(bad)} of {len(manifest['shards'])} shards are bad: remove {' '.join(bad)} and run "
-             "the command that made the folder again; it rebuilds what is missing")
+             "the command that made the folder again")
 
 
 # ==========================================================================
@@ -238,7 +234,7 @@ def read_jsonl(path):
                     text = json.loads(line.decode())["text"]
                     text.encode()  # not every string of JSON is text: "\ud800" is half a character
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    fail(f'{path}, line {number} is not {{"text": "…"}} in UTF-8: correct it or leave it out')
+                    fail(f'{path}, line {number} is not {{"text": "…"}}: correct it or leave it out')
                 texts.append(text)
             yield texts
 
@@ -259,9 +255,8 @@ def read_txt(path):
 def get_tokenizer(name, folder=None):
     """The tiktoken.Encoding called name: "gpt2", or "bytes" (256 byte values and end-of-text).
 
-    folder: the dataset's, which these two don't need. GPT-2's vocabulary is read from
-    data/gpt2/{vocab.bpe,encoder.json} if they exist, else from tiktoken's cache, else downloaded by
-    tiktoken. Raises SystemExit if none of these works, and for an unknown name.
+    folder: the dataset's, which these two don't need. GPT-2's vocabulary is downloaded by tiktoken,
+    if it isn't in its cache. Raises SystemExit if that fails, and for an unknown name.
     """
     if name == "bytes":
         return tiktoken.Encoding(
@@ -273,22 +268,10 @@ def get_tokenizer(name, folder=None):
     if name != "gpt2":
         fail(f"unknown tokenizer {name!r}: choose {' or '.join(VOCAB_SIZE)}")
     try:
-        if Path("data/gpt2/vocab.bpe").exists():
-            return gpt2_from_files("data/gpt2/vocab.bpe", "data/gpt2/encoder.json")
         return within(NO_ANSWER, lambda: tiktoken.get_encoding("gpt2"))
     except Exception as error:  # of the network, a proxy or a file: the way out is the same
         fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): connect to the network "
-             "once, set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or put vocab.bpe and "
-             "encoder.json into data/gpt2/")
-
-
-def gpt2_from_files(vocabulary, encoder):
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    ranks = data_gym_to_mergeable_bpe_ranks(vocabulary, encoder)
-    special = {"<|endoftext|>": 50256}
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+             "once, or set TIKTOKEN_CACHE_DIR to the cache of a machine that was connected")
 
 
 def try_tokenizer(name, folder=None):
@@ -349,12 +332,12 @@ def tokenized(open_file, n_files, tokenizer, workers, first_file, first_row):
     # can hang. And it is the only way under Windows.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
-        queue = collections.deque()
+        queue = []
         for i, row, batch in batches():
             queue.append((i, row, pool.submit(tokenize, *batch)))
             # enough waiting that no worker is idle, few enough to bound the memory
             if len(queue) > 4 * workers:
-                i, row, future = queue.popleft()
+                i, row, future = queue.pop(0)
                 yield i, row, *future.result()
         for i, row, future in queue:
             yield i, row, *future.result()
@@ -371,11 +354,7 @@ PARTIAL = re.compile(r"(manifest\.json|fineweb_(val|train)_\d{6}\.bin)\.\d+\.tmp
 
 
 def start_folder(folder, manifest, total):
-    """Prepares a folder for about total tokens, and returns the progress bar.
-
-    The manifest comes first: what stands in it is known to be ours. Raises SystemExit if the disk is
-    too small.
-    """
+    """Prepares a folder for about total tokens; returns the progress bar. SystemExit if the disk is full."""
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -388,11 +367,11 @@ def start_folder(folder, manifest, total):
     if free < need:
         fail(f"{folder} needs about {need / 1e9:.1f} GB of disk space, {free / 1e9:.1f} GB are free: "
              "make room, choose another --out, or start small with --shards N")
-    if not manifest["shards"]:
+    if not manifest["shards"]:  # it comes first: what stands in it is known to be ours
         write_manifest(folder, manifest)
-    pause = 1 if sys.stderr.isatty() else 30  # seconds between updates: a log file needs fewer
-    unit = {"unit": " tokens", "unit_scale": True}
-    return tqdm(desc=folder.name, total=total, initial=done, mininterval=pause, **unit)
+    bar = tqdm(desc=folder.name, total=total, initial=done, unit=" tokens", unit_scale=True)
+    bar.mininterval = 1 if sys.stderr.isatty() else 30  # seconds: a log file needs fewer updates
+    return bar
 
 
 def write_shards(folder, manifest, open_file, n_files, last_shard, total, workers):
@@ -400,8 +379,6 @@ def write_shards(folder, manifest, open_file, n_files, last_shard, total, worker
 
     open_file, n_files: the source, as tokenized() takes it. last_shard None: all shards.
     total: an estimate of the number of tokens.
-
-    Raises SystemExit if the source has not a single document.
     """
     shards = manifest["shards"]
     if manifest["complete"]:
@@ -426,46 +403,45 @@ def write_range(folder, manifest, source, first, last, bar):
     shards = manifest["shards"]
     file, row, skip = shards[first - 1]["next"] if first else (0, 0, 0)
     number = first
-    buffer = np.empty(manifest["shard_tokens" if first else "val_tokens"], dtype=np.uint16)
-    filled = 0
-    batches = source(file, row)
-    for file, row, tokens, counts in batches:
+    room = manifest["shard_tokens" if first else "val_tokens"]  # left in this shard
+    parts = []  # of its tokens
+    for file, row, tokens, counts in source(file, row):
         ends = np.cumsum(counts)
         taken = skip  # the beginning of the very first document may stand in the shard before
         skip = 0
         while taken < len(tokens):
-            n = min(len(tokens) - taken, len(buffer) - filled)
-            buffer[filled : filled + n] = tokens[taken : taken + n]
-            filled += n
+            parts.append(tokens[taken : taken + room])
+            n = len(parts[-1])
+            room -= n
             taken += n
             bar.update(n)
-            if filled < len(buffer):
-                continue
+            if room:
+                break
             document = int(np.searchsorted(ends, taken, side="right"))  # the next token's
             begin = int(ends[document - 1]) if document else 0
-            finish_shard(folder, manifest, number, buffer, [file, row + document, taken - begin])
+            finish_shard(folder, manifest, number, parts, [file, row + document, taken - begin])
             if number == last:
-                batches.close()
                 return
             number += 1
-            buffer = np.empty(manifest["shard_tokens"], dtype=np.uint16)
-            filled = 0
-    if filled or number < len(shards):
-        finish_shard(folder, manifest, number, buffer[:filled], None)
+            room = manifest["shard_tokens"]
+            parts = []
+    if parts or number < len(shards):
+        finish_shard(folder, manifest, number, parts, None)
     elif shards:
         manifest["complete"] = True
         write_manifest(folder, manifest)
 
 
-def finish_shard(folder, manifest, number, tokens, position):
+def finish_shard(folder, manifest, number, parts, position):
     """Writes a shard's file, then its line in the manifest; position: where the next one begins.
 
     A shard that the manifest knows must come out as it says, else SystemExit.
     """
     name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
-    content = shard_header(len(tokens)) + tokens.tobytes()
+    n_tokens = sum(map(len, parts))
+    content = shard_header(n_tokens) + b"".join(parts)
     checksum = hashlib.sha256(content).hexdigest()
-    shard = {"name": name, "tokens": len(tokens), "sha256": checksum, "next": position}
+    shard = {"name": name, "tokens": n_tokens, "sha256": checksum, "next": position}
     shards = manifest["shards"]
     if number < len(shards) and shards[number] != shard:
         fail(f"{name} came out different from what {folder}/manifest.json says, so the source has "
@@ -638,7 +614,7 @@ def write_sample(folder=SAMPLE):
     try:
         documents = sample_documents()
         manifest = open_manifest(folder, {
-            "dataset": ours[0], "revision": platform.python_version(), "files": ours[1],
+            "dataset": ours[0], "revision": sys.version.split()[0], "files": ours[1],
             "tokenizer": "bytes", "vocab_size": VOCAB_SIZE["bytes"],
             "shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1,
         })  # fmt: skip
@@ -650,11 +626,10 @@ def write_sample(folder=SAMPLE):
 
 
 def sample_documents():
-    """English that is on any machine: the topics of Python's help() and the docstrings of its library.
+    """English that is on any machine: prose in the topics of Python's help() and its library's docstrings.
 
-    Paragraphs of prose from triple-quoted strings, each once. About 1 MB, which depends on Python's
-    version alone: what distributions split off, change or add, and what later versions drop, is left
-    out.
+    About 1 MB in paragraphs, each once. It depends on Python's version alone: what distributions split
+    off, change or add, and what later versions drop, is left out.
     """
     from pydoc_data.topics import topics
 
@@ -669,14 +644,11 @@ def sample_documents():
     seen = set()
     documents = []
     for string in strings:
-        paragraphs = []
-        for paragraph in re.split(r"\n\s*\n", string):
-            text = " ".join(paragraph.split())
-            if is_prose(text) and text not in seen:
-                seen.add(text)
-                paragraphs.append(text)
-        if paragraphs:
-            documents.append("\n\n".join(paragraphs) + "\n")
+        paragraphs = dict.fromkeys(" ".join(part.split()) for part in re.split(r"\n\s*\n", string))
+        new = [text for text in paragraphs if is_prose(text) and text not in seen]
+        seen.update(new)
+        if new:
+            documents.append("\n\n".join(new) + "\n")
     # by their hash, so that the beginning, which is for validation, is a fair sample of the whole
     return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
 
@@ -808,9 +780,9 @@ def permute(i, n, seed, epoch):
     left ^ hash(right)), six times. Each of these rounds can be undone, whatever the hash, so no two
     numbers end up in one place, and no shuffled list of ten million windows has to be kept.
 
-    It permutes the numbers below a power of four. Where it takes i to n or beyond, it is applied again
-    until it lands below n ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains,
-    2002). That is again a permutation, of range(n), and takes fewer than four steps on average.
+    It permutes the numbers below a power of four, so where it takes i to n or beyond, it is applied
+    again ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). That is a
+    permutation of range(n), and takes fewer than four steps on average.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of a half
     mask = np.uint64((1 << int(half)) - 1)
