@@ -47,6 +47,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 import msgspec
 import numpy as np
 import tiktoken
+import tiktoken.load
 
 # torch, pyarrow, huggingface_hub, tyro and tqdm are imported where they are used: a tokenizer process
 # needs none of them, and torch alone would cost each 200 MB.
@@ -81,16 +82,13 @@ def shard_header(n_tokens):
 
 
 def shard_tokens(path):
-    """The number of tokens in a shard, from its header, checked against the file's size.
-
-    Raises SystemExit for a missing, foreign or truncated file.
-    """
+    """The number of tokens in a shard, from its header. SystemExit for a foreign or truncated file."""
     again = "remove it and run the fineweb.py command that made it again"
     with one_line(f"{path} can't be read: {again}"), open(path, "rb") as f:
         header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype=np.int32)
+    n_tokens = int(header[2])
     if header[:2].tolist() != MAGIC:
         fail(f"{path} is not a token shard, which begins with {MAGIC}: {again}")
-    n_tokens = int(header[2])
     if path.stat().st_size != HEADER_BYTES + 2 * n_tokens:
         fail(f"{path} is truncated, its header promises {n_tokens:,} tokens: {again}")
     return n_tokens
@@ -129,8 +127,7 @@ def read_manifest(folder):
     try:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path} is not a manifest of fineweb.py ({error}): "
-             "choose another folder, or write the shards again without it")
+        fail(f"{path} is not a manifest of fineweb.py ({error}): choose another folder")
 
 
 def write_manifest(folder, manifest):
@@ -138,11 +135,9 @@ def write_manifest(folder, manifest):
     write_atomic(folder / "manifest.json", lambda f: f.write(content))
 
 
-def open_manifest(folder, wanted):
-    """The folder's manifest, or a new one. Raises SystemExit if shards are there that are not as wanted.
-
-    wanted: {key: value} that the manifest must agree with.
-    """
+def open_manifest(folder, tokenizer, **wanted):
+    """The folder's manifest, or a new one. Raises SystemExit if shards are there that are not as wanted."""
+    wanted |= {"tokenizer": tokenizer, "vocab_size": VOCAB_SIZE[tokenizer]}
     manifest = read_manifest(folder) or {}
     if not manifest.get("shards") and not list(folder.glob("*.bin")):
         return {**wanted, "complete": False, "shards": []}
@@ -174,12 +169,11 @@ def verify(folder):
     for shard in manifest["shards"]:
         path = folder / shard["name"]
         good = is_whole(folder, shard) and sha256(path) == shard["sha256"]
-        print(f"{path}: {'ok' if good else 'BAD' if path.exists() else 'MISSING'}")
+        print(f"{path}: {'ok' if good else 'BAD'}")
         if not good:
             bad.append(str(path))
     if bad:
-        fail(f"{len(bad)} of {len(manifest['shards'])} shards are bad: remove {' '.join(bad)} and run "
-             "the command that made the folder again")
+        fail(f"bad or missing: remove {' '.join(bad)} and run the command that made the folder again")
 
 
 # ==========================================================================
@@ -190,9 +184,8 @@ def read_documents(path, first_row=0):
     """Yields (row, documents, new): consecutive documents of a .parquet, .jsonl or .txt file.
 
     row: the number of the first of them in the file; those before first_row are left out.
-    documents: a list of str.
-    new: False if the text continues the one before. Only a .txt file does this: it is one document,
-    in pieces of about 1 MB that end at a line break, and row is the number of the piece.
+    documents: a list of str. new: False if the text continues the one before. Only a .txt file does
+    this: it is one document, in pieces of about 1 MB that end at a line break, numbered by row.
 
     Raises SystemExit for a file that is not what its name says.
     """
@@ -255,8 +248,8 @@ def read_txt(path):
 def get_tokenizer(name, folder=None):
     """The tiktoken.Encoding called name: "gpt2", or "bytes" (256 byte values and end-of-text).
 
-    folder: the dataset's, which these two don't need. GPT-2's vocabulary is downloaded by tiktoken,
-    if it isn't in its cache. Raises SystemExit if that fails, and for an unknown name.
+    folder: the dataset's, which these two don't need. GPT-2's vocabulary is read from data/gpt2 if it
+    is there, else from tiktoken's cache, else downloaded. Raises SystemExit if none of these works.
     """
     if name == "bytes":
         return tiktoken.Encoding(
@@ -265,13 +258,20 @@ def get_tokenizer(name, folder=None):
             mergeable_ranks={bytes([i]): i for i in range(256)},
             special_tokens={"<|endoftext|>": 256},
         )
-    if name != "gpt2":
+    if name not in VOCAB_SIZE:
         fail(f"unknown tokenizer {name!r}: choose {' or '.join(VOCAB_SIZE)}")
     try:
-        return within(NO_ANSWER, lambda: tiktoken.get_encoding("gpt2"))
+        if not Path("data/gpt2/vocab.bpe").exists():
+            return within(NO_ANSWER, lambda: tiktoken.get_encoding("gpt2"))
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks("data/gpt2/vocab.bpe", "data/gpt2/encoder.json")
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        special = {"<|endoftext|>": 50256}
+        return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
     except Exception as error:  # of the network, a proxy or a file: the way out is the same
         fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): connect to the network "
-             "once, or set TIKTOKEN_CACHE_DIR to the cache of a machine that was connected")
+             "once, set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or put vocab.bpe and "
+             "encoder.json into data/gpt2/")
 
 
 def try_tokenizer(name, folder=None):
@@ -330,8 +330,7 @@ def tokenized(open_file, n_files, tokenizer, workers, first_file, first_row):
         return
     # spawn, not fork: a forked child inherits locks that other threads may hold at that moment, and
     # can hang. And it is the only way under Windows.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    try:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         queue = []
         for i, row, batch in batches():
             queue.append((i, row, pool.submit(tokenize, *batch)))
@@ -341,8 +340,6 @@ def tokenized(open_file, n_files, tokenizer, workers, first_file, first_row):
                 yield i, row, *future.result()
         for i, row, future in queue:
             yield i, row, *future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # ==========================================================================
@@ -365,8 +362,8 @@ def start_folder(folder, manifest, total):
     need = 2 * (total - done)
     free = shutil.disk_usage(folder).free
     if free < need:
-        fail(f"{folder} needs about {need / 1e9:.1f} GB of disk space, {free / 1e9:.1f} GB are free: "
-             "make room, choose another --out, or start small with --shards N")
+        fail(f"{folder} needs some {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, "
+             "choose another --out, or start small with --shards N")
     if not manifest["shards"]:  # it comes first: what stands in it is known to be ours
         write_manifest(folder, manifest)
     bar = tqdm(desc=folder.name, total=total, initial=done, unit=" tokens", unit_scale=True)
@@ -375,14 +372,15 @@ def start_folder(folder, manifest, total):
 
 
 def write_shards(folder, manifest, open_file, n_files, last_shard, total, workers):
-    """Writes the shards that are missing or not yet in the manifest, up to number last_shard.
+    """Writes the shards that are missing or not yet in the manifest, up to number last_shard (None: all).
 
-    open_file, n_files: the source, as tokenized() takes it. last_shard None: all shards.
-    total: an estimate of the number of tokens.
+    open_file, n_files: the source, as tokenized() takes it. total: an estimate of its tokens.
     """
     shards = manifest["shards"]
     if manifest["complete"]:
         total = sum(shard["tokens"] for shard in shards)
+    elif last_shard is not None:
+        total = min(total, manifest["val_tokens"] + last_shard * manifest["shard_tokens"])
     if any(shard.get("next") is None for shard in shards[: -1 if manifest["complete"] else None]):
         fail(f"{folder}/manifest.json doesn't say where each shard begins: choose another folder")
     source = functools.partial(tokenized, open_file, n_files, manifest["tokenizer"], workers)
@@ -444,8 +442,8 @@ def finish_shard(folder, manifest, number, parts, position):
     shard = {"name": name, "tokens": n_tokens, "sha256": checksum, "next": position}
     shards = manifest["shards"]
     if number < len(shards) and shards[number] != shard:
-        fail(f"{name} came out different from what {folder}/manifest.json says, so the source has "
-             "changed: choose another folder and start again")
+        fail(f"{name} came out different from what {folder}/manifest.json says: the source has changed, "
+             "so start again in another folder")
     write_atomic(folder / name, lambda f: f.write(content))
     if number == len(shards):
         shards.append(shard)
@@ -462,18 +460,13 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     for path in paths:
         if not path.is_file() or path.suffix not in (".jsonl", ".txt", ".parquet"):
             fail(f"{path} is not a file, or not a .jsonl, .txt or .parquet file")
-    sizes = [path.stat().st_size for path in paths]
+    files = [[str(path), path.stat().st_size] for path in paths]
+    n_bytes = sum(size for _, size in files)
     # about a tenth of a small text is for validation, so that something is left to train on
-    val_tokens = min(shard_tokens, max(1024, sum(sizes) // 40))
-    manifest = open_manifest(folder, {
-        "dataset": "files", "revision": None,
-        "files": [[str(path), size] for path, size in zip(paths, sizes)],
-        "tokenizer": tokenizer, "vocab_size": VOCAB_SIZE[tokenizer],
-        "shard_tokens": shard_tokens, "val_tokens": val_tokens,
-    })  # fmt: skip
-    total = sum(sizes) // (4 if tokenizer == "gpt2" else 1)  # of plain text; parquet is denser
-    if last_shard is not None:
-        total = min(total, val_tokens + last_shard * shard_tokens)
+    val_tokens = min(shard_tokens, max(1024, n_bytes // 40))
+    sizes = {"shard_tokens": shard_tokens, "val_tokens": val_tokens}
+    manifest = open_manifest(folder, tokenizer, dataset="files", revision=None, files=files, **sizes)
+    total = n_bytes // (4 if tokenizer == "gpt2" else 1)  # of plain text; parquet is denser
 
     def open_file(i, first_row):
         return read_documents(paths[i], first_row)
@@ -489,10 +482,9 @@ DOWNLOADS = ".fineweb.download"  # below a dataset's folder; whatever is in it i
 
 
 def hub_files(folder, repo, prefix, suffix):
-    """(dataset's name, revision, {file: RepoFile}, sorted by name) of a dataset repository.
+    """(what a manifest says of a dataset repository, a dict; {name: RepoFile} of its files, sorted).
 
-    The revision is the one that the folder was begun with, else the newest. Raises SystemExit if
-    there is no such file.
+    The revision is the one that the folder was begun with, else the newest.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -517,22 +509,19 @@ def hub_files(folder, repo, prefix, suffix):
         fail(f"{repo}: the hub doesn't answer as it should: does this network want a login first?")
     if not files:
         fail(f"{repo} has no {suffix} files")
-    return name, revision, files
+    return {"dataset": name, "revision": revision, "files": list(files)}, files
 
 
 def fetch(repo, file, revision, folder):
-    """Downloads a RepoFile of a dataset repository below folder, or the rest of it; returns its path.
-
-    A file that is not as the hub's list says is fetched again.
-    """
+    """Downloads a RepoFile, or the rest of it, below folder, until it is as the hub says; its path."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # ours counts tokens
 
     def download():
-        where = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
-        path = Path(hf_hub_download(repo, file.path, **where))
+        where = {"revision": revision, "local_dir": folder}
+        path = Path(hf_hub_download(repo, file.path, repo_type="dataset", **where))
         size = path.stat().st_size
         if size == file.size and (file.lfs is None or sha256(path) == file.lfs.sha256):
             return path
@@ -545,20 +534,15 @@ def fetch(repo, file, revision, folder):
 def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of a dataset's parquet files, each downloaded, read and deleted, as shards."""
     repo = DATASETS[dataset][0]
-    name, revision, files = hub_files(folder, repo, "sample/10BT", ".parquet")
-    manifest = open_manifest(folder, {
-        "dataset": name, "revision": revision, "files": list(files),
-        "tokenizer": tokenizer, "vocab_size": VOCAB_SIZE[tokenizer],
-        "shard_tokens": shard_tokens, "val_tokens": shard_tokens,
-    })  # fmt: skip
+    source, files = hub_files(folder, repo, "sample/10BT", ".parquet")
+    sizes = {"shard_tokens": shard_tokens, "val_tokens": shard_tokens}
+    manifest = open_manifest(folder, tokenizer, **source, **sizes)
     files = list(files.values())
     # a byte of parquet is about two bytes of text, or a third of a GPT-2 token
     total = sum(file.size for file in files) * 2 // (6 if tokenizer == "gpt2" else 1)
-    if last_shard is not None:
-        total = min(total, (last_shard + 1) * shard_tokens)
 
     def open_file(i, first_row):
-        path = fetch(repo, files[i], revision, folder / DOWNLOADS)
+        path = fetch(repo, files[i], source["revision"], folder / DOWNLOADS)
         yield from read_documents(path, first_row)
         path.unlink()
 
@@ -569,11 +553,8 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
 def download_shards(folder, dataset, last_shard):
     """Downloads ready-made shards of GPT-2 tokens, up to number last_shard (None: all)."""
     repo = DATASETS[dataset][1]
-    name, revision, files = hub_files(folder, repo, "", ".bin")
-    manifest = open_manifest(folder, {
-        "dataset": name, "revision": revision, "files": list(files),
-        "tokenizer": "gpt2", "vocab_size": VOCAB_SIZE["gpt2"],
-    })  # fmt: skip
+    source, files = hub_files(folder, repo, "", ".bin")
+    manifest = open_manifest(folder, "gpt2", **source)
     names = sorted(files, key=lambda name: ("_train_" in name, name))  # the validation shard first
     chosen = names[: None if last_shard is None else last_shard + 1]
     have = {shard["name"]: shard for shard in manifest["shards"] if is_whole(folder, shard)}
@@ -581,7 +562,7 @@ def download_shards(folder, dataset, last_shard):
         for name in chosen:
             if name in have:
                 continue
-            path = fetch(repo, files[name], revision, folder / DOWNLOADS)
+            path = fetch(repo, files[name], source["revision"], folder / DOWNLOADS)
             have[name] = {"name": name, "tokens": shard_tokens(path), "sha256": sha256(path)}
             os.replace(path, folder / name)
             manifest["shards"] = [have[known] for known in names if known in have]
@@ -601,25 +582,23 @@ def write_sample(folder=SAMPLE):
     If another process is writing it, waits for that. Raises SystemExit if something else is there.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder) or {}
-    theirs = manifest.get("dataset"), manifest.get("files")
-    ours = "sample", ["documentation of Python"]
-    if manifest.get("shards") and theirs != ours:
-        fail(f"{folder} holds another dataset than the offline one ({theirs[0]}, from {theirs[1]}): "
-             "choose another folder, or move that one away")
+    manifest = read_manifest(folder) or {"shards": []}
+    source = {"dataset": "sample", "files": ["documentation of Python"]}
+    for key, value in source.items():
+        if manifest["shards"] and manifest.get(key) != value:
+            fail(f"{folder} holds another dataset, with {key} = {manifest.get(key)}, not {value}: "
+                 "choose another folder, or move that one away")
     if manifest.get("complete") and all(is_whole(folder, shard) for shard in manifest["shards"]):
         say(f"{folder} already exists")
         return
     lock(folder, "wait until it ends", wait=True)
     try:
         documents = sample_documents()
-        manifest = open_manifest(folder, {
-            "dataset": ours[0], "revision": sys.version.split()[0], "files": ours[1],
-            "tokenizer": "bytes", "vocab_size": VOCAB_SIZE["bytes"],
-            "shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1,
-        })  # fmt: skip
+        sizes = {"shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1}
+        version = sys.version.split()[0]
+        manifest = open_manifest(folder, "bytes", **source, revision=version, **sizes)
         n_tokens = sum(len(text) + 1 for text in documents)
-        write_shards(folder, manifest, lambda i, row: [(row, documents[row:], True)], 1, None, n_tokens, 0)
+        write_shards(folder, manifest, lambda _, row: [(row, documents[row:], True)], 1, None, n_tokens, 0)
     finally:
         unlock(folder)
     say(f"wrote {n_tokens:,} bytes of English to {folder}")
@@ -671,15 +650,13 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     tokens in the validation shard and the first train_shards training shards (None: all).
     before: what this returned when the run began; other tokens than then give a warning.
 
-    Raises SystemExit, with the command that helps, for a missing folder, no shards, a foreign or
-    truncated one, a manifest that doesn't match, a vocabulary of more than vocab_size, or another
-    tokenizer than before.
+    Raises SystemExit for no shards, a foreign or truncated one, a manifest that doesn't match, a
+    vocabulary of more than vocab_size, or another tokenizer than before.
     """
     folder = Path(folder)
     counts = {path.name: shard_tokens(path) for path in sorted(folder.glob("*.bin"))}
     if not counts:
-        fail(f"no token shards in {folder}: run `python fineweb.py` (or `--pretokenized`, "
-             "`--shards 1`), or train on the offline dataset with --tiny")
+        fail(f"no token shards in {folder}: run `python fineweb.py`, or train offline with --tiny")
     manifest = read_manifest(folder)
     if manifest is None:
         say(f"{folder} has no manifest.json: taking its shards for GPT-2 tokens, as llm.c writes them")
@@ -688,48 +665,44 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
     for name in sorted(listed.keys() | counts.keys()):
         if listed.get(name) != counts.get(name):
-            fail(f"{folder / name} has {counts.get(name, 'no')} tokens, "
-                 f"by manifest.json {listed.get(name, 'none')}: run the fineweb.py command that made "
-                 "the folder again, or remove the file if it is not of this dataset")
-    if manifest["vocab_size"] > vocab_size:
-        enough = -(-manifest["vocab_size"] // 128) * 128  # a multiple of 128 suits a GPU
-        fail(f"{folder} has a vocabulary of {manifest['vocab_size']:,}, the model one of "
-             f"{vocab_size:,}: use another --data_dir or --vocab_size {enough}")
+            fail(f"{folder / name} has {counts.get(name, 'no')} tokens, by manifest.json "
+                 f"{listed.get(name, 'none')}: run the fineweb.py command that made the folder again, "
+                 "or remove the file if it is not of this dataset")
+    n_vocab = manifest["vocab_size"]
+    if n_vocab > vocab_size:
+        enough = -(-n_vocab // 128) * 128  # a multiple of 128 suits a GPU
+        fail(f"{folder} has a vocabulary of {n_vocab:,}, the model one of {vocab_size:,}: "
+             f"use another --data_dir or --vocab_size {enough}")
     # the Loader looks at each training batch; the validation shard is looked at once, here
     for name in counts:
         if "_val_" in name and counts[name]:
             largest = map_shard(folder / name, at_random=False).max()
-            if largest >= manifest["vocab_size"]:
-                fail(f"token {largest} in {folder / name} is beyond the vocabulary of "
-                     f"{manifest['vocab_size']:,}: run `python fineweb.py --verify --out {folder}`")
+            if largest >= n_vocab:
+                fail(f"token {largest} in {folder / name} is beyond the vocabulary of {n_vocab:,}: "
+                     f"run `python fineweb.py --verify --out {folder}`")
     training = sorted(name for name in counts if "_train_" in name)
     unused = training[len(training) if train_shards is None else train_shards :]
     identity = []
     for shard in manifest["shards"]:
         if shard["name"] not in unused:
             identity.append([shard["name"], shard["tokens"], shard.get("sha256")])
-    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     data = {key: manifest[key] for key in ("dataset", "tokenizer", "vocab_size")}
-    data["fingerprint"] = fingerprint
+    data["fingerprint"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     if before and before["tokenizer"] != data["tokenizer"]:
         fail(f"{folder} holds {data['tokenizer']} tokens, the model was trained on "
              f"{before['tokenizer']} tokens: choose the right --data_dir")
-    if before and before["fingerprint"] not in ("", fingerprint):  # "" if imported
-        say(f"warning: {folder} is not the data that the run began with, "
-            "so from here on its batches are others")
+    if before and before["fingerprint"] not in ("", data["fingerprint"]):  # "" if imported
+        say(f"warning: {folder} is not the data that the run began with, so its batches are others now")
     return data
 
 
 class Windows:
     """The windows of block_size + 1 tokens in a folder's "train" or "val" shards, in their order.
 
-    One token more than a model sees, because its targets are its inputs moved on by one: the last
-    token of a window, only a target there, is the first of the next, only an input there. A window
-    never crosses the end of a shard.
-
-    Only the first max_shards shards and max_tokens tokens are used, so that a folder that holds more
-    gives the same windows; with less than max_tokens there is a warning. Raises SystemExit if there
-    is not a single window.
+    The last token of a window, only a target there, is the first of the next, only an input there. A
+    window never crosses the end of a shard. Only the first max_shards shards and max_tokens tokens
+    are used, so that a folder that holds more gives the same windows; a warning says if it holds less
+    than max_tokens. Raises SystemExit if there is not a single window.
     """
 
     def __init__(self, folder, split, block_size, max_shards=None, max_tokens=None):
@@ -766,8 +739,7 @@ def map_shard(path, at_random):
     """A shard's tokens (n,) uint16, read from the disk by the system when they are looked at."""
     with open(path, "rb") as f:
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    # A read of a mapped file makes the system fetch what follows too, in case it is next. Shuffled
-    # windows lie anywhere, so on a disk with nothing cached that is 40 times what we need.
+    # the system reads ahead, for windows at random places 40 times what we need
     if at_random and hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype=np.uint16, offset=HEADER_BYTES)
@@ -809,9 +781,7 @@ class Loader:
     Row j of a batch is window number step * batch_rows + j of an endless sequence of epochs; an epoch
     is all windows in an order of its own. The batch is the same for any number of processes, and each
     gets a slice of its rows. Nothing is remembered from step to step, so resuming costs nothing. A
-    background thread reads the next batches ahead.
-
-    If the data are used up before max_steps, a warning says from which step on they are repeated.
+    thread reads ahead. If the data are used up before max_steps, a warning says when they repeat.
     """
 
     def __init__(self, windows, batch_rows, seed, rank=0, world=1, device="cpu",
@@ -841,7 +811,7 @@ class Loader:
         return np.concatenate(parts)
 
     def read(self, step):
-        """This rank's rows of batch number step, on the CPU; pinned if they are going to a GPU."""
+        """The rows that batch() returns, on the CPU. Raises SystemExit for a token beyond the vocabulary."""
         import torch
 
         rows = self.windows.rows(self.ids(step))
@@ -849,17 +819,13 @@ class Loader:
         if largest >= self.vocab_size:
             # not fail(): of several processes it lets only the first speak, but each has other rows
             raise SystemExit(f"token {largest} in the training shards is beyond the vocabulary of "
-                             f"{self.vocab_size}: run `python fineweb.py --verify --out DIR`, "
-                             "or choose a --vocab_size that fits")
+                             f"{self.vocab_size}: run `python fineweb.py --verify --out DIR`")
         rows = torch.from_numpy(rows)
         # pinned, so that the copy to the GPU need not be waited for
         return rows.pin_memory() if torch.device(self.device).type == "cuda" else rows
 
     def batch(self, step):
-        """This rank's rows of batch number step: (batch_rows / world, block_size + 1) int64.
-
-        They are on the loader's device. Raises SystemExit for a token beyond the vocabulary.
-        """
+        """This rank's rows of batch number step: (batch_rows / world, block_size + 1) int64 on the device."""
         wanted = range(step, step + 3)
         self.ahead = {i: rows for i, rows in self.ahead.items() if i in wanted}
         for i in wanted:
@@ -886,34 +852,26 @@ class Args:
     workers: int | None = None  # tokenizer processes, 0: only this one; None: one per core
 
 
-# options that mean nothing beside another one
-WITHOUT_USE = {
-    "files": ("dataset", "pretokenized", "sample"),
-    "sample": ("dataset", "pretokenized", "shards", "shard_tokens", "tokenizer"),
-    "pretokenized": ("shard_tokens", "tokenizer"),
-}
-
-
 def main():
     import tyro
 
     plain = (tyro.conf.FlagCreatePairsOff,)
     args = tyro.cli(Args, description=__doc__, use_underscores=True, config=plain)
+    without_use = {
+        "files": ("dataset", "pretokenized", "sample"),
+        "sample": ("dataset", "pretokenized", "shards", "shard_tokens", "tokenizer"),
+        "pretokenized": ("shard_tokens", "tokenizer"),
+    }
     given = [name for name, value in vars(args).items() if value != getattr(Args, name)]
-    for name in WITHOUT_USE.keys() & given:
-        for other in given:
-            if other in WITHOUT_USE[name]:
-                fail(f"--{name} and --{other} don't go together: leave one of them out")
-    if args.shards is not None and args.shards < 1:
-        fail(f"--shards {args.shards}: must be at least 1")
-    if not 1024 <= args.shard_tokens < 2**31:  # the header holds an int32
-        fail(f"--shard_tokens {args.shard_tokens}: must be from 1,024 to 2,147,483,647")
-    if args.workers is not None and args.workers < 0:
-        fail(f"--workers {args.workers}: must be at least 0 (no other processes)")
+    for name in without_use.keys() & given:
+        for other in set(without_use[name]) & set(given):
+            fail(f"--{name} and --{other} don't go together: leave one of them out")
+    for name, least in (("shards", 1), ("shard_tokens", 1024), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < 2**31:  # the header holds an int32
+            fail(f"--{name} {value}: must be from {least:,} to 2,147,483,647")
     default = f"data/{args.files[0].stem}" if args.files else DATASETS[args.dataset][2]
     folder = args.out or Path(SAMPLE if args.sample else default)
-    if folder.exists() and not folder.is_dir():
-        fail(f"{folder} is a file: choose another --out, a folder")
     if args.verify:
         verify(folder)
         return
@@ -928,9 +886,8 @@ def main():
         fail(f"{error.filename or folder}: {error.strerror or error}")
     shards = read_manifest(folder)["shards"]
     print(f"{folder}: {len(shards)} shards, {sum(shard['tokens'] for shard in shards):,} tokens")
-    if not any("_train_" in shard["name"] for shard in shards):
-        fail(f"{folder} has no training shard, because all of the text is in the validation shard: "
-             "give more text")
+    if len(shards) < 2:
+        fail(f"{folder} has no training shard, only the first one, for validation: give more text")
     print(f"Next: {next_command(folder, shards, args.sample)}")
 
 
@@ -945,7 +902,7 @@ def write_dataset(folder, args):
         return
     get_tokenizer(args.tokenizer)  # if it fails, then here, once, and not in every worker
     workers = args.workers
-    if workers is None:  # the cores that this process may use, of which a container may have a few
+    if workers is None:  # this process may have fewer cores than the machine
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # number 0 is for validation, so N training shards end with number N
     how = (args.shards, args.shard_tokens, args.tokenizer, workers)
@@ -973,10 +930,7 @@ def next_command(folder, shards, sample):
 
 
 def fail(message):
-    """Ends the program with one line on stderr and exit status 1.
-
-    Of several processes on a machine that fail for the same reason only the first says it.
-    """
+    """Ends the program with status 1 and one line, in the first of a machine's processes only."""
     raise SystemExit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
@@ -996,9 +950,8 @@ def one_line(what):
 
 
 def write_atomic(path, write, advice="run the same command again to go on"):
-    """Makes the file path by write(f), f a binary file.
+    """Makes the file path by write(f), f a binary file: it is always the whole old or the whole new one.
 
-    Whenever the program or the machine stops, path is the whole old file or the whole new one.
     Raises SystemExit if it can't be written; advice: what to do once there is room.
     """
     path = Path(path)
@@ -1007,9 +960,7 @@ def write_atomic(path, write, advice="run the same command again to go on"):
         with open(partial, "wb") as f:
             write(f)
             f.flush()
-            # The name must not reach the disk before the content: after a power cut there would be a
-            # file of the right name with nothing in it.
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())  # else a power cut could leave the name without the content
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         with contextlib.suppress(OSError):
@@ -1025,9 +976,8 @@ locks = {}  # {folder: its lock}, held by this process
 def lock(folder, advice, wait=False):
     """Takes a folder's lock until unlock() or the end of this process, however that ends.
 
-    If another process has it: wait until it ends, or without wait SystemExit with a line that names
-    the holder and gives the advice. The folder is made if it doesn't exist. Of several processes of
-    a run only the first takes the lock; taking it twice is taking it once.
+    If another process has it: wait for that, or without wait SystemExit with its name and the advice.
+    Makes the folder. Of a run's processes only the first takes the lock; twice is once.
     """
     import filelock
 
@@ -1063,17 +1013,15 @@ def unlock(folder):
 def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
     """The result of action(), which is tried again after each pause (in seconds) on a network error.
 
-    what: its name in messages. Raises SystemExit after the last pause, or at once if trying again
-    won't help. The environment variable RETRY_SECONDS scales the pauses.
+    what: its name in messages. Raises SystemExit in the end, or at once if trying again won't help.
+    The environment variable RETRY_SECONDS scales the pauses.
     """
     for pause in (*pauses, None):
         try:
             return action()
         except Exception as error:
-            # The hub's client changes its HTTP library now and then (requests, httpx, httpx2), and
-            # not all of their errors are OSErrors.
-            module = type(error).__module__
-            if not isinstance(error, OSError) and not module.startswith(("httpx", "httpcore")):
+            # the hub's client changes its HTTP library now and then: requests, httpx, httpx2
+            if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", None)
             words = " ".join(str(error).split())[:100]  # some errors have none
@@ -1087,10 +1035,7 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
 
 
 def within(seconds, action):
-    """What action() returns. Raises TimeoutError if it takes longer; its thread is left to itself.
-
-    For a library that waits for ever if the network stalls.
-    """
+    """The result of action(), for one that may wait for ever. Raises TimeoutError."""
     future = Future()
 
     def run():
