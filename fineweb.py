@@ -62,6 +62,7 @@ DATASETS = {  # name: (repository of the text on the hub, of ready-made shards, 
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "kjj0/finewebedu10B-gpt2", "data/fineweb-edu10B"),
 }
 SAMPLE = "data/sample"
+DOWNLOADS = ".fineweb.download"  # below a dataset's folder; whatever is in it is ours
 NO_ANSWER = 60  # seconds to wait for a library that would wait for ever
 
 # The training scripts' defaults: next_command() scales them down to a smaller dataset.
@@ -167,11 +168,9 @@ def verify(folder):
         fail(f"{folder} has no manifest.json that lists shards, so there is nothing to check against")
     bad = []
     for shard in manifest["shards"]:
-        path = folder / shard["name"]
-        good = is_whole(folder, shard) and sha256(path) == shard["sha256"]
-        print(f"{path}: {'ok' if good else 'BAD'}")
-        if not good:
-            bad.append(str(path))
+        if not is_whole(folder, shard) or sha256(folder / shard["name"]) != shard["sha256"]:
+            bad.append(str(folder / shard["name"]))
+    print(f"{folder}: {len(manifest['shards']) - len(bad)} of {len(manifest['shards'])} shards are good")
     if bad:
         fail(f"bad or missing: remove {' '.join(bad)} and run the command that made the folder again")
 
@@ -346,17 +345,13 @@ def tokenized(open_file, n_files, tokenizer, workers, first_file, first_row):
 # Writing shards
 
 
-# what write_atomic() leaves when it is killed
-PARTIAL = re.compile(r"(manifest\.json|fineweb_(val|train)_\d{6}\.bin)\.\d+\.tmp")
-
-
 def start_folder(folder, manifest, total):
     """Prepares a folder for about total tokens; returns the progress bar. SystemExit if the disk is full."""
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if PARTIAL.fullmatch(path.name) and path.is_file():
+    for path in folder.iterdir():  # what a killed write_atomic() leaves
+        if re.fullmatch(r"(manifest\.json|fineweb_(val|train)_\d{6}\.bin)\.\d+\.tmp", path.name):
             path.unlink()
     done = sum(shard["tokens"] for shard in manifest["shards"] if is_whole(folder, shard))
     need = 2 * (total - done)
@@ -383,6 +378,7 @@ def write_shards(folder, manifest, open_file, n_files, last_shard, total, worker
         total = min(total, manifest["val_tokens"] + last_shard * manifest["shard_tokens"])
     if any(shard.get("next") is None for shard in shards[: -1 if manifest["complete"] else None]):
         fail(f"{folder}/manifest.json doesn't say where each shard begins: choose another folder")
+    kept_tokenizer(manifest["tokenizer"])  # if this fails, then here, once, and not in every worker
     source = functools.partial(tokenized, open_file, n_files, manifest["tokenizer"], workers)
     with start_folder(folder, manifest, total) as bar:
         for number, shard in enumerate(list(shards)):
@@ -476,9 +472,6 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
 
 # ==========================================================================
 # The Hugging Face hub: text, and ready-made shards
-
-
-DOWNLOADS = ".fineweb.download"  # below a dataset's folder; whatever is in it is ours
 
 
 def hub_files(folder, repo, prefix, suffix):
@@ -680,12 +673,11 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
             if largest >= n_vocab:
                 fail(f"token {largest} in {folder / name} is beyond the vocabulary of {n_vocab:,}: "
                      f"run `python fineweb.py --verify --out {folder}`")
-    training = sorted(name for name in counts if "_train_" in name)
-    unused = training[len(training) if train_shards is None else train_shards :]
-    identity = []
-    for shard in manifest["shards"]:
-        if shard["name"] not in unused:
-            identity.append([shard["name"], shard["tokens"], shard.get("sha256")])
+    unused = set()
+    if train_shards is not None:
+        unused.update(sorted(name for name in counts if "_train_" in name)[train_shards:])
+    kept = [shard for shard in manifest["shards"] if shard["name"] not in unused]
+    identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in kept]
     data = {key: manifest[key] for key in ("dataset", "tokenizer", "vocab_size")}
     data["fingerprint"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     if before and before["tokenizer"] != data["tokenizer"]:
@@ -748,13 +740,11 @@ def map_shard(path, at_random):
 def permute(i, n, seed, epoch):
     """Where the pseudo-random permutation number (seed, epoch) of range(n) takes i, an int array.
 
-    A Feistel network: it splits a number into two halves (left, right) and maps them to (right,
-    left ^ hash(right)), six times. Each of these rounds can be undone, whatever the hash, so no two
-    numbers end up in one place, and no shuffled list of ten million windows has to be kept.
-
-    It permutes the numbers below a power of four, so where it takes i to n or beyond, it is applied
-    again ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). That is a
-    permutation of range(n), and takes fewer than four steps on average.
+    A Feistel network, so that no shuffled list of ten million windows has to be kept: it splits a
+    number into two halves (left, right) and maps them to (right, left ^ hash(right)), six times. Each
+    of these rounds can be undone, so no two numbers end up in one place. It permutes the numbers below
+    a power of four; where it takes i to n or beyond, it is applied again, less than four times on
+    average (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002: "cycle walking").
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of a half
     mask = np.uint64((1 << int(half)) - 1)
@@ -875,8 +865,22 @@ def main():
     if args.verify:
         verify(folder)
         return
+    workers = args.workers
+    if workers is None:  # this process may have fewer cores than the machine
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # number 0 is for validation, so N training shards end with number N
+    how = (args.shards, args.shard_tokens, args.tokenizer, workers)
     try:
-        write_dataset(folder, args)
+        if not args.sample:
+            lock(folder, "wait until it ends, or choose another --out")
+        if args.sample:
+            write_sample(folder)
+        elif args.pretokenized:
+            download_shards(folder, args.dataset, args.shards)
+        elif args.files:
+            tokenize_files(folder, args.files, *how)
+        else:
+            tokenize_hub(folder, args.dataset, *how)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: run the same command again to go on after the last shard")
     except BrokenProcessPool:
@@ -889,27 +893,6 @@ def main():
     if len(shards) < 2:
         fail(f"{folder} has no training shard, only the first one, for validation: give more text")
     print(f"Next: {next_command(folder, shards, args.sample)}")
-
-
-def write_dataset(folder, args):
-    """Writes what the command line asks for. One process at a time writes into a folder."""
-    if args.sample:
-        write_sample(folder)
-        return
-    lock(folder, "wait until it ends, or choose another --out")
-    if args.pretokenized:
-        download_shards(folder, args.dataset, args.shards)
-        return
-    get_tokenizer(args.tokenizer)  # if it fails, then here, once, and not in every worker
-    workers = args.workers
-    if workers is None:  # this process may have fewer cores than the machine
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # number 0 is for validation, so N training shards end with number N
-    how = (args.shards, args.shard_tokens, args.tokenizer, workers)
-    if args.files:
-        tokenize_files(folder, args.files, *how)
-    else:
-        tokenize_hub(folder, args.dataset, *how)
 
 
 def next_command(folder, shards, sample):
