@@ -251,12 +251,10 @@ def get_tokenizer(name, folder=None):
     is there, else from tiktoken's cache, else downloaded. Raises SystemExit if none of these works.
     """
     if name == "bytes":
-        return tiktoken.Encoding(
-            "bytes",
-            pat_str=r"[\s\S]{1,64}",  # there are no merges, so any cut of the text will do
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 256},
-        )
+        ranks = {bytes([i]): i for i in range(256)}
+        special = {"<|endoftext|>": 256}
+        anything = r"[\s\S]{1,64}"  # there are no merges, so any cut of the text will do
+        return tiktoken.Encoding(name, pat_str=anything, mergeable_ranks=ranks, special_tokens=special)
     if name not in VOCAB_SIZE:
         fail(f"unknown tokenizer {name!r}: choose {' or '.join(VOCAB_SIZE)}")
     try:
@@ -311,16 +309,16 @@ def tokenize(documents, new, tokenizer):
     return np.concatenate(parts), np.array([len(part) for part in parts])
 
 
-def tokenized(open_file, n_files, tokenizer, workers, first_file, first_row):
+def tokenized(source, tokenizer, workers, first_file, first_row):
     """Yields (file, row, tokens, counts) in the order of the source, from one document on.
 
-    open_file(i, row) yields the documents of file number i from row on, as read_documents() does.
+    source: for each file a function of a row, which yields what read_documents() does from there on.
     The result is the same for any number of workers; 0 tokenises in this process.
     """
 
     def batches():
-        for i in range(first_file, n_files):
-            for row, documents, new in open_file(i, first_row if i == first_file else 0):
+        for i in range(first_file, len(source)):
+            for row, documents, new in source[i](first_row if i == first_file else 0):
                 yield i, row, (documents, new, tokenizer)
 
     if workers == 0:
@@ -366,10 +364,10 @@ def start_folder(folder, manifest, total):
     return bar
 
 
-def write_shards(folder, manifest, open_file, n_files, last_shard, total, workers):
+def write_shards(folder, manifest, source, last_shard, total, workers):
     """Writes the shards that are missing or not yet in the manifest, up to number last_shard (None: all).
 
-    open_file, n_files: the source, as tokenized() takes it. total: an estimate of its tokens.
+    source: as tokenized() takes it. total: an estimate of its tokens.
     """
     shards = manifest["shards"]
     if manifest["complete"]:
@@ -379,27 +377,27 @@ def write_shards(folder, manifest, open_file, n_files, last_shard, total, worker
     if any(shard.get("next") is None for shard in shards[: -1 if manifest["complete"] else None]):
         fail(f"{folder}/manifest.json doesn't say where each shard begins: choose another folder")
     kept_tokenizer(manifest["tokenizer"])  # if this fails, then here, once, and not in every worker
-    source = functools.partial(tokenized, open_file, n_files, manifest["tokenizer"], workers)
+    tokens_from = functools.partial(tokenized, source, manifest["tokenizer"], workers)
     with start_folder(folder, manifest, total) as bar:
         for number, shard in enumerate(list(shards)):
             if not is_whole(folder, shard):
                 say(f"{folder / shard['name']} is missing or damaged: writing it again")
-                write_range(folder, manifest, source, number, number, bar)
+                write_range(folder, manifest, tokens_from, number, number, bar)
         if not manifest["complete"] and (last_shard is None or len(shards) <= last_shard):
-            write_range(folder, manifest, source, len(shards), last_shard, bar)
+            write_range(folder, manifest, tokens_from, len(shards), last_shard, bar)
         bar.total = bar.n
     if not shards:
         fail("there is no text in the source, so no shard was written: give files with text")
 
 
-def write_range(folder, manifest, source, first, last, bar):
+def write_range(folder, manifest, tokens_from, first, last, bar):
     """Writes shards number first to last; last None, or beyond the end of the source: to the end."""
     shards = manifest["shards"]
     file, row, skip = shards[first - 1]["next"] if first else (0, 0, 0)
     number = first
     room = manifest["shard_tokens" if first else "val_tokens"]  # left in this shard
     parts = []  # of its tokens
-    for file, row, tokens, counts in source(file, row):
+    for file, row, tokens, counts in tokens_from(file, row):
         ends = np.cumsum(counts)
         taken = skip  # the beginning of the very first document may stand in the shard before
         skip = 0
@@ -463,11 +461,8 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     sizes = {"shard_tokens": shard_tokens, "val_tokens": val_tokens}
     manifest = open_manifest(folder, tokenizer, dataset="files", revision=None, files=files, **sizes)
     total = n_bytes // (4 if tokenizer == "gpt2" else 1)  # of plain text; parquet is denser
-
-    def open_file(i, first_row):
-        return read_documents(paths[i], first_row)
-
-    write_shards(folder, manifest, open_file, len(paths), last_shard, total, workers)
+    source = [functools.partial(read_documents, path) for path in paths]
+    write_shards(folder, manifest, source, last_shard, total, workers)
 
 
 # ==========================================================================
@@ -480,7 +475,6 @@ def hub_files(folder, repo, prefix, suffix):
     The revision is the one that the folder was begun with, else the newest.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
 
     name = f"{repo} {prefix}".strip()
     manifest = read_manifest(folder) or {}
@@ -489,11 +483,8 @@ def hub_files(folder, repo, prefix, suffix):
     def ask():
         api = HfApi()
         revision = begun or api.dataset_info(repo).sha
-        files = {}
-        for entry in api.list_repo_tree(repo, prefix, revision=revision, repo_type="dataset"):
-            if isinstance(entry, RepoFile) and entry.path.endswith(suffix):
-                files[entry.path] = entry
-        return revision, dict(sorted(files.items()))
+        tree = api.list_repo_tree(repo, prefix, revision=revision, repo_type="dataset")
+        return revision, sorted((file.path, file) for file in tree if file.path.endswith(suffix))
 
     try:
         # list_repo_tree() waits for ever, whatever time-out the client has
@@ -502,6 +493,7 @@ def hub_files(folder, repo, prefix, suffix):
         fail(f"{repo}: the hub doesn't answer as it should: does this network want a login first?")
     if not files:
         fail(f"{repo} has no {suffix} files")
+    files = dict(files)
     return {"dataset": name, "revision": revision, "files": list(files)}, files
 
 
@@ -527,27 +519,27 @@ def fetch(repo, file, revision, folder):
 def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of a dataset's parquet files, each downloaded, read and deleted, as shards."""
     repo = DATASETS[dataset][0]
-    source, files = hub_files(folder, repo, "sample/10BT", ".parquet")
+    origin, files = hub_files(folder, repo, "sample/10BT", ".parquet")
     sizes = {"shard_tokens": shard_tokens, "val_tokens": shard_tokens}
-    manifest = open_manifest(folder, tokenizer, **source, **sizes)
-    files = list(files.values())
+    manifest = open_manifest(folder, tokenizer, **origin, **sizes)
     # a byte of parquet is about two bytes of text, or a third of a GPT-2 token
-    total = sum(file.size for file in files) * 2 // (6 if tokenizer == "gpt2" else 1)
+    total = sum(file.size for file in files.values()) * 2 // (6 if tokenizer == "gpt2" else 1)
 
-    def open_file(i, first_row):
-        path = fetch(repo, files[i], source["revision"], folder / DOWNLOADS)
+    def read(file, first_row):
+        path = fetch(repo, file, origin["revision"], folder / DOWNLOADS)
         yield from read_documents(path, first_row)
         path.unlink()
 
-    write_shards(folder, manifest, open_file, len(files), last_shard, total, workers)
+    source = [functools.partial(read, file) for file in files.values()]
+    write_shards(folder, manifest, source, last_shard, total, workers)
     shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
 
 
 def download_shards(folder, dataset, last_shard):
     """Downloads ready-made shards of GPT-2 tokens, up to number last_shard (None: all)."""
     repo = DATASETS[dataset][1]
-    source, files = hub_files(folder, repo, "", ".bin")
-    manifest = open_manifest(folder, "gpt2", **source)
+    origin, files = hub_files(folder, repo, "", ".bin")
+    manifest = open_manifest(folder, "gpt2", **origin)
     names = sorted(files, key=lambda name: ("_train_" in name, name))  # the validation shard first
     chosen = names[: None if last_shard is None else last_shard + 1]
     have = {shard["name"]: shard for shard in manifest["shards"] if is_whole(folder, shard)}
@@ -555,7 +547,7 @@ def download_shards(folder, dataset, last_shard):
         for name in chosen:
             if name in have:
                 continue
-            path = fetch(repo, files[name], source["revision"], folder / DOWNLOADS)
+            path = fetch(repo, files[name], origin["revision"], folder / DOWNLOADS)
             have[name] = {"name": name, "tokens": shard_tokens(path), "sha256": sha256(path)}
             os.replace(path, folder / name)
             manifest["shards"] = [have[known] for known in names if known in have]
@@ -576,8 +568,8 @@ def write_sample(folder=SAMPLE):
     """
     folder = Path(folder)
     manifest = read_manifest(folder) or {"shards": []}
-    source = {"dataset": "sample", "files": ["documentation of Python"]}
-    for key, value in source.items():
+    origin = {"dataset": "sample", "files": ["documentation of Python"]}
+    for key, value in origin.items():
         if manifest["shards"] and manifest.get(key) != value:
             fail(f"{folder} holds another dataset, with {key} = {manifest.get(key)}, not {value}: "
                  "choose another folder, or move that one away")
@@ -587,11 +579,12 @@ def write_sample(folder=SAMPLE):
     lock(folder, "wait until it ends", wait=True)
     try:
         documents = sample_documents()
-        sizes = {"shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1}
-        version = sys.version.split()[0]
-        manifest = open_manifest(folder, "bytes", **source, revision=version, **sizes)
         n_tokens = sum(len(text) + 1 for text in documents)
-        write_shards(folder, manifest, lambda _, row: [(row, documents[row:], True)], 1, None, n_tokens, 0)
+        sizes = {"shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1}
+        origin["revision"] = sys.version.split()[0]
+        manifest = open_manifest(folder, "bytes", **origin, **sizes)
+        source = [lambda row: [(row, documents[row:], True)]]
+        write_shards(folder, manifest, source, last_shard=None, total=n_tokens, workers=0)
     finally:
         unlock(folder)
     say(f"wrote {n_tokens:,} bytes of English to {folder}")
@@ -782,7 +775,7 @@ class Loader:
         self.device = device
         self.vocab_size = vocab_size
         self.mine = np.arange(batch_rows)[rank * batch_rows // world : (rank + 1) * batch_rows // world]
-        self.thread = ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1)  # reads ahead
         self.ahead = {}  # {step: the future of its rows}
         if max_steps * batch_rows > len(windows):
             steps = len(windows) // batch_rows
