@@ -107,8 +107,6 @@ class Shard(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json: where a folder's tokens come from, and which files are ours."""
-
     dataset: str
     revision: NotRequired[str | None]
     files: NotRequired[list]  # the source's, in the order in which they are read
@@ -132,8 +130,7 @@ def read_manifest(folder):
 
 
 def write_manifest(folder, manifest):
-    content = json.dumps(manifest, indent=1).encode()
-    write_atomic(folder / "manifest.json", lambda f: f.write(content))
+    write_atomic(folder / "manifest.json", lambda f: f.write(json.dumps(manifest, indent=1).encode()))
 
 
 def open_manifest(folder, tokenizer, **wanted):
@@ -145,7 +142,7 @@ def open_manifest(folder, tokenizer, **wanted):
     for key, value in wanted.items():
         if manifest.get(key) != value:
             fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: "
-                 "choose another folder for these")
+                 "choose another folder, or move that one away")
     manifest.setdefault("complete", False)
     return manifest
 
@@ -183,10 +180,8 @@ def read_documents(path, first_row=0):
     """Yields (row, documents, new): consecutive documents of a .parquet, .jsonl or .txt file.
 
     row: the number of the first of them in the file; those before first_row are left out.
-    documents: a list of str. new: False if the text continues the one before. Only a .txt file does
-    this: it is one document, in pieces of about 1 MB that end at a line break, numbered by row.
-
-    Raises SystemExit for a file that is not what its name says.
+    documents: a list of str. new: False if the text continues the one before, as in a .txt file, which
+    is one document, in pieces of about 1 MB. Raises SystemExit for a file that is not what it should be.
     """
     readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
     row = 0
@@ -365,7 +360,7 @@ def start_folder(folder, manifest, total):
 
 
 def write_shards(folder, manifest, source, last_shard, total, workers):
-    """Writes the shards that are missing or not yet in the manifest, up to number last_shard (None: all).
+    """Writes the shards that are missing, up to number last_shard (None: all).
 
     source: as tokenized() takes it. total: an estimate of its tokens.
     """
@@ -425,10 +420,7 @@ def write_range(folder, manifest, tokens_from, first, last, bar):
 
 
 def finish_shard(folder, manifest, number, parts, position):
-    """Writes a shard's file, then its line in the manifest; position: where the next one begins.
-
-    A shard that the manifest knows must come out as it says, else SystemExit.
-    """
+    """Writes a shard's file, then its line in the manifest; position: where the next one begins."""
     name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
     n_tokens = sum(map(len, parts))
     content = shard_header(n_tokens) + b"".join(parts)
@@ -436,8 +428,7 @@ def finish_shard(folder, manifest, number, parts, position):
     shard = {"name": name, "tokens": n_tokens, "sha256": checksum, "next": position}
     shards = manifest["shards"]
     if number < len(shards) and shards[number] != shard:
-        fail(f"{name} came out different from what {folder}/manifest.json says: the source has changed, "
-             "so start again in another folder")
+        fail(f"{name} came out different from before: the source has changed, start again in another folder")
     write_atomic(folder / name, lambda f: f.write(content))
     if number == len(shards):
         shards.append(shard)
@@ -470,10 +461,7 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
 
 
 def hub_files(folder, repo, prefix, suffix):
-    """(what a manifest says of a dataset repository, a dict; {name: RepoFile} of its files, sorted).
-
-    The revision is the one that the folder was begun with, else the newest.
-    """
+    """({dataset, revision, files}, {name: RepoFile}) of a repository, in the folder's or newest revision."""
     from huggingface_hub import HfApi
 
     name = f"{repo} {prefix}".strip()
@@ -493,8 +481,7 @@ def hub_files(folder, repo, prefix, suffix):
         fail(f"{repo}: the hub doesn't answer as it should: does this network want a login first?")
     if not files:
         fail(f"{repo} has no {suffix} files")
-    files = dict(files)
-    return {"dataset": name, "revision": revision, "files": list(files)}, files
+    return {"dataset": name, "revision": revision, "files": list(dict(files))}, dict(files)
 
 
 def fetch(repo, file, revision, folder):
@@ -505,12 +492,11 @@ def fetch(repo, file, revision, folder):
     disable_progress_bars()  # ours counts tokens
 
     def download():
-        where = {"revision": revision, "local_dir": folder}
-        path = Path(hf_hub_download(repo, file.path, repo_type="dataset", **where))
-        size = path.stat().st_size
+        path = hf_hub_download(repo, file.path, repo_type="dataset", revision=revision, local_dir=folder)
+        size = os.path.getsize(path)
         if size == file.size and (file.lfs is None or sha256(path) == file.lfs.sha256):
-            return path
-        path.unlink()
+            return Path(path)
+        os.remove(path)
         raise OSError(f"arrived damaged, {size:,} of {file.size:,} bytes, or another checksum")
 
     return retrying(file.path, download)
@@ -520,8 +506,7 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of a dataset's parquet files, each downloaded, read and deleted, as shards."""
     repo = DATASETS[dataset][0]
     origin, files = hub_files(folder, repo, "sample/10BT", ".parquet")
-    sizes = {"shard_tokens": shard_tokens, "val_tokens": shard_tokens}
-    manifest = open_manifest(folder, tokenizer, **origin, **sizes)
+    manifest = open_manifest(folder, tokenizer, **origin, shard_tokens=shard_tokens, val_tokens=shard_tokens)
     # a byte of parquet is about two bytes of text, or a third of a GPT-2 token
     total = sum(file.size for file in files.values()) * 2 // (6 if tokenizer == "gpt2" else 1)
 
@@ -544,9 +529,7 @@ def download_shards(folder, dataset, last_shard):
     chosen = names[: None if last_shard is None else last_shard + 1]
     have = {shard["name"]: shard for shard in manifest["shards"] if is_whole(folder, shard)}
     with start_folder(folder, manifest, sum(files[name].size for name in chosen) // 2) as bar:
-        for name in chosen:
-            if name in have:
-                continue
+        for name in [name for name in chosen if name not in have]:
             path = fetch(repo, files[name], origin["revision"], folder / DOWNLOADS)
             have[name] = {"name": name, "tokens": shard_tokens(path), "sha256": sha256(path)}
             os.replace(path, folder / name)
@@ -562,27 +545,20 @@ def download_shards(folder, dataset, last_shard):
 
 
 def write_sample(folder=SAMPLE):
-    """Writes the offline dataset, in bytes, into folder, if it isn't there yet.
-
-    If another process is writing it, waits for that. Raises SystemExit if something else is there.
-    """
+    """Writes the offline dataset, in bytes, if it isn't there. SystemExit if something else is."""
     folder = Path(folder)
-    manifest = read_manifest(folder) or {"shards": []}
+    manifest = read_manifest(folder) or {}
     origin = {"dataset": "sample", "files": ["documentation of Python"]}
-    for key, value in origin.items():
-        if manifest["shards"] and manifest.get(key) != value:
-            fail(f"{folder} holds another dataset, with {key} = {manifest.get(key)}, not {value}: "
-                 "choose another folder, or move that one away")
-    if manifest.get("complete") and all(is_whole(folder, shard) for shard in manifest["shards"]):
-        say(f"{folder} already exists")
-        return
+    if manifest.get("complete") and origin.items() <= manifest.items():
+        if all(is_whole(folder, shard) for shard in manifest["shards"]):
+            say(f"{folder} already exists")
+            return
     lock(folder, "wait until it ends", wait=True)
     try:
         documents = sample_documents()
         n_tokens = sum(len(text) + 1 for text in documents)
-        sizes = {"shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1}
-        origin["revision"] = sys.version.split()[0]
-        manifest = open_manifest(folder, "bytes", **origin, **sizes)
+        origin |= {"revision": sys.version.split()[0], "shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1}
+        manifest = open_manifest(folder, "bytes", **origin)
         source = [lambda row: [(row, documents[row:], True)]]
         write_shards(folder, manifest, source, last_shard=None, total=n_tokens, workers=0)
     finally:
@@ -591,10 +567,9 @@ def write_sample(folder=SAMPLE):
 
 
 def sample_documents():
-    """English that is on any machine: prose in the topics of Python's help() and its library's docstrings.
+    """English that is on any machine: the prose in the topics of help() and the library's docstrings.
 
-    About 1 MB in paragraphs, each once. It depends on Python's version alone: what distributions split
-    off, change or add, and what later versions drop, is left out.
+    1 MB that depends on Python's version alone: what distributions change, or versions drop, is left out.
     """
     from pydoc_data.topics import topics
 
@@ -636,8 +611,7 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     tokens in the validation shard and the first train_shards training shards (None: all).
     before: what this returned when the run began; other tokens than then give a warning.
 
-    Raises SystemExit for no shards, a foreign or truncated one, a manifest that doesn't match, a
-    vocabulary of more than vocab_size, or another tokenizer than before.
+    Raises SystemExit for whatever doesn't fit: shards, manifest, vocabulary or tokenizer.
     """
     folder = Path(folder)
     counts = {path.name: shard_tokens(path) for path in sorted(folder.glob("*.bin"))}
@@ -651,9 +625,9 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
     for name in sorted(listed.keys() | counts.keys()):
         if listed.get(name) != counts.get(name):
-            fail(f"{folder / name} has {counts.get(name, 'no')} tokens, by manifest.json "
-                 f"{listed.get(name, 'none')}: run the fineweb.py command that made the folder again, "
-                 "or remove the file if it is not of this dataset")
+            found, promised = counts.get(name, "no"), listed.get(name, "none")
+            fail(f"{folder / name} has {found} tokens, by manifest.json {promised}: run the fineweb.py "
+                 "command that made the folder again, or remove the file")
     n_vocab = manifest["vocab_size"]
     if n_vocab > vocab_size:
         enough = -(-n_vocab // 128) * 128  # a multiple of 128 suits a GPU
@@ -699,12 +673,11 @@ class Windows:
         self.first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         self.n_windows = int(self.first[-1])
         if self.n_windows < 1:
-            fail(f"{folder} has no {split} shard that holds {block_size + 1} tokens: "
-                 "write more text, or use a smaller --block_size")
+            fail(f"{folder} has no {split} shard of {block_size + 1} tokens: use a smaller --block_size")
         if max_tokens is not None:
-            n_tokens = self.n_windows * block_size
-            if n_tokens < max_tokens:
-                say(f"warning: {folder} has only {n_tokens:,} of {max_tokens:,} {split} tokens")
+            there = self.n_windows * block_size
+            if there < max_tokens:
+                say(f"warning: {folder} has only {there:,} of {max_tokens:,} {split} tokens")
             self.n_windows = min(self.n_windows, max(1, max_tokens // block_size))
 
     def __len__(self):
@@ -763,8 +736,7 @@ class Loader:
 
     Row j of a batch is window number step * batch_rows + j of an endless sequence of epochs; an epoch
     is all windows in an order of its own. The batch is the same for any number of processes, and each
-    gets a slice of its rows. Nothing is remembered from step to step, so resuming costs nothing. A
-    thread reads ahead. If the data are used up before max_steps, a warning says when they repeat.
+    gets a slice of its rows. Nothing is remembered from step to step, so resuming costs nothing.
     """
 
     def __init__(self, windows, batch_rows, seed, rank=0, world=1, device="cpu",
@@ -877,8 +849,7 @@ def main():
     except KeyboardInterrupt:
         raise SystemExit("interrupted: run the same command again to go on after the last shard")
     except BrokenProcessPool:
-        fail("a tokenizer process was killed, probably because memory ran out: "
-             "run the same command again with fewer --workers")
+        fail("a tokenizer process was killed, as if memory ran out: run that again with fewer --workers")
     except OSError as error:
         fail(f"{error.filename or folder}: {error.strerror or error}")
     shards = read_manifest(folder)["shards"]
@@ -928,7 +899,7 @@ def one_line(what):
 def write_atomic(path, write, advice="run the same command again to go on"):
     """Makes the file path by write(f), f a binary file: it is always the whole old or the whole new one.
 
-    Raises SystemExit if it can't be written; advice: what to do once there is room.
+    Raises SystemExit, with the advice, if it can't be written.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -950,10 +921,10 @@ locks = {}  # {folder: its lock}, held by this process
 
 
 def lock(folder, advice, wait=False):
-    """Takes a folder's lock until unlock() or the end of this process, however that ends.
+    """Takes a folder's lock until unlock() or the end of this process. The folder is made.
 
     If another process has it: wait for that, or without wait SystemExit with its name and the advice.
-    Makes the folder. Of a run's processes only the first takes the lock; twice is once.
+    Of a run's processes only the first takes the lock; twice is once.
     """
     import filelock
 
@@ -989,8 +960,7 @@ def unlock(folder):
 def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
     """The result of action(), which is tried again after each pause (in seconds) on a network error.
 
-    what: its name in messages. Raises SystemExit in the end, or at once if trying again won't help.
-    The environment variable RETRY_SECONDS scales the pauses.
+    Raises SystemExit in the end, or at once if trying again won't help. RETRY_SECONDS scales the pauses.
     """
     for pause in (*pauses, None):
         try:
@@ -1000,12 +970,11 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
             if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", None)
-            words = " ".join(str(error).split())[:100]  # some errors have none
-            reason = f"HTTP {status}" if status else f"{type(error).__name__} {words}".rstrip()
+            words = " ".join(f"{type(error).__name__} {error}".split())
+            reason = f"HTTP {status}" if status else words[:120]
             disk_full = getattr(error, "errno", None) == errno.ENOSPC
         if pause is None or disk_full or status in (400, 401, 403, 404, 410):
-            fail(f"{what} could not be downloaded ({reason}): run the same command again later; "
-                 "it goes on from here")
+            fail(f"{what} could not be downloaded ({reason}): run the same command later to go on")
         say(f"{what}: {reason}; trying again in {pause} s")
         time.sleep(pause * float(os.environ.get("RETRY_SECONDS", "1")))
 

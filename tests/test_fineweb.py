@@ -374,7 +374,7 @@ def test_the_sample_of_an_older_version_is_neither_used_nor_touched(sample, tmp_
     manifest = fineweb.read_manifest(folder)
     fineweb.write_manifest(folder, manifest | {"files": ["documentation of Python, numpy and torch"]})
     before = bytes_of(folder)
-    with pytest.raises(SystemExit, match=f"{folder} holds another dataset.*numpy.*move"):
+    with pytest.raises(SystemExit, match=f"{folder} .*numpy.*move"):
         fineweb.write_sample(folder)
     assert bytes_of(folder) == before
 
@@ -501,7 +501,7 @@ def test_the_sample_into_a_foreign_dataset_is_one_line(tmp_path, capsys, run, li
     capsys.readouterr()
     status, said = run(fineweb, "--sample", "--out", "out")
     assert status == 1 and said.count("\n") == 1, said
-    assert "out holds another dataset" in said and "files" in said
+    assert "out holds shards with dataset = 'files'" in said
     assert bytes_of_all(out) == before
 
 
@@ -621,7 +621,7 @@ def test_a_source_that_became_shorter_is_one_line(tmp_path):
     os.truncate(path, size)
     last = sorted(out.glob("*_train_*.bin"))[-1]
     last.unlink()
-    with pytest.raises(SystemExit, match=f"{last.name} .*the source has changed"):
+    with pytest.raises(SystemExit, match=f"{last.name} .*source has changed"):
         in_process(out, [path])
     assert not last.exists()
 
@@ -809,7 +809,7 @@ def test_bad_datasets_are_one_line_with_the_way_out(tmp_path):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(SystemExit, match="is not a manifest"):
         fineweb.open_dataset(folder)
-    with pytest.raises(SystemExit, match="has no val shard that holds 1000001 tokens"):
+    with pytest.raises(SystemExit, match="no val shard of 1000001 tokens"):
         fineweb.Windows(folder, "val", 1_000_000)
 
 
