@@ -16,16 +16,16 @@ points, so both are here:
               the loss per character. The same model scores 28.92 / 31.14.
 
 Chance is 25; the standard error at 30% of 10,042 items is 0.46 points, so
-always quote both. The offline dataset has a task in the same format, its cloze
-(fineweb.cloze_items), which is not HellaSwag.
+always quote both. Models of bytes get a task in the same format out of their
+validation text, the cloze, which is not HellaSwag.
 """
-import argparse
 import hashlib
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -33,13 +33,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fineweb import fail, make_folder, parse_strictly, retrying, say, with_estimate, write_atomic
+import fineweb
+from fineweb import fail, say, write_atomic
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 N_ITEMS = 10_042
 DEFAULT_FILE = "data/hellaswag/hellaswag_val.jsonl"
 CONVENTIONS = ("nanogpt", "harness")
+CLOZE_ITEMS = 250
 ITEMS_PER_BATCH = 16  # 64 rows; fixed, so that every machine computes the same batches
 
 
@@ -67,23 +69,18 @@ def load(path, n_items=None):
     Raises SystemExit for a missing or malformed file, or if it has not n_items items (None: any).
     """
     path = Path(path)
-    if not path.exists():
-        fail(f"{path} does not exist: give the HellaSwag validation set's .jsonl file")
-    again = "correct it, or remove the file to have it downloaded again"
-    try:
+    with fineweb.one_line(f"{path} can't be read: give the HellaSwag validation set's .jsonl file"):
         lines = path.read_bytes().splitlines()  # of bytes, which know no other line breaks than \n and \r
-    except OSError as error:
-        fail(f"{path} can't be read ({error.strerror}): give the HellaSwag validation set's .jsonl file")
+    again = "or remove the file to have it downloaded again"
     items = []
     for number, line in enumerate(lines, 1):
         try:
             item = msgspec.json.decode(line, type=Item, strict=False)  # "label": "3" will do
         except (ValueError, RecursionError) as error:
-            fail(f"{path}, line {number} is not a HellaSwag item ({error}): {again}")
+            fail(f"{path}, line {number} is not a HellaSwag item ({error}): correct it, {again}")
         items.append(msgspec.structs.asdict(item))
     if not items or n_items not in (None, len(items)):
-        fail(f"{path} has {len(items):,} items, not {n_items or 'any'}: "
-             "remove it to have it downloaded again")
+        fail(f"{path} has {len(items):,} items, not {n_items or 'any'}: give another file, {again}")
     return items
 
 
@@ -101,8 +98,9 @@ def download(path):
             raise OSError("it arrived damaged: its checksum is another")
         return response.content
 
-    content = retrying("the HellaSwag validation set", get, pauses=(1, 2, 4))
-    make_folder(path.parent)
+    content = fineweb.retrying("the HellaSwag validation set", get, pauses=(1, 2, 4))
+    with fineweb.one_line(f"{path.parent} can't be made a folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda f: f.write(content))
 
 
@@ -132,6 +130,51 @@ def clean(text):
     text = text.replace(" [title]", ". ")
     text = re.sub(r"\[.*?\]", "", text)
     return text.replace("  ", " ")
+
+
+def cloze_items(documents, n_items=CLOZE_ITEMS):
+    """Four-way items in HellaSwag's format: six words that continue a text, and three shuffles of them.
+
+    documents: a list of str. Wrong endings from other texts would leave small models at chance; the
+    order of words is something that they do learn. The endings have small letters and spaces only: a
+    full stop or a capital in an odd place would give the wrong ones away. They are drawn without a
+    look at them.
+    """
+    rng = np.random.default_rng(0)
+    windows = []  # of six words of context and six of the ending
+    for text in documents:
+        words = text.split()
+        start = 0
+        while start + 12 <= len(words):
+            ending = words[start + 6 : start + 12]
+            plain = all(re.fullmatch("[a-z]+", word) for word in ending)
+            # a word twice would give shuffles like each other, and 100 characters fit into --tiny's 128
+            short = len(" ".join(words[start : start + 12])) <= 100
+            if plain and short and len(set(ending)) == 6:
+                windows.append((" ".join(words[start : start + 6]), ending))
+                start += 12
+            else:
+                start += 1
+    items = []
+    for number in rng.permutation(len(windows))[:n_items]:
+        context, ending = windows[number]
+        endings = [" ".join(ending)]
+        while len(endings) < 4:
+            shuffled = " ".join(rng.permutation(ending))
+            if shuffled not in endings:
+                endings.append(shuffled)
+        order = rng.permutation(4)
+        label = int(np.flatnonzero(order == 0)[0])
+        items.append({"ctx": context, "endings": [endings[i] for i in order], "label": label})
+    return items
+
+
+def validation_documents(data_dir):
+    """The texts in a folder's validation shard of bytes, of its first 4 MB if it is larger."""
+    path = min(Path(data_dir).glob("*_val_*.bin"))
+    tokens = fineweb.map_shard(path, at_random=False)[: 1 << 22]
+    content = tokens.astype(np.uint8).tobytes()  # which makes a 0 of 256, <|endoftext|>
+    return content.decode(errors="replace").split("\0")
 
 
 # ==========================================================================
@@ -199,28 +242,29 @@ def make_batches(items, convention, encode, block_size, items_per_batch=ITEMS_PE
 
 
 @torch.no_grad()
-def score(losses_of, batches, labels, convention, device="cpu", rank=0, world=1):
+def score(logits_of, batches, labels, convention, device="cpu", rank=0, world=1):
     """Accuracy of a model on the batches of make_batches(); batch j is computed by rank j % world.
 
-    losses_of(inputs, targets) takes two (B, W) int64 tensors and returns the (B, W) cross-entropy in
-    nats wherever targets >= 0 (anything elsewhere). Returns a dict, the same on every rank:
+    logits_of(inputs) takes (B, W) int64 and returns (B, W, V) logits, V at least the vocabulary.
+    Returns a dict, the same on every rank:
         n: the number of items
         acc, acc_norm: fractions, and their standard errors acc_se and acc_norm_se
         predictions, predictions_norm: each item's chosen ending, as a string of digits 0 to 3
     """
     chosen = torch.zeros(2, len(labels), dtype=torch.int64, device=device)
-    mine = with_estimate(batches[rank::world], "scoring", "a file with fewer items takes less")
-    for numbers, inputs, targets, characters in mine:
+    for numbers, inputs, targets, characters in batches[rank::world]:
         inputs = torch.from_numpy(inputs).to(device, torch.int64)
-        targets = torch.from_numpy(targets).to(device, torch.int64)
-        losses = losses_of(inputs, targets).float()
+        targets = torch.from_numpy(targets).to(torch.int64)
         scored = targets >= 0
+        logits = logits_of(inputs)[scored.to(device)].float()  # (number of scored tokens, V)
+        losses = F.cross_entropy(logits, targets[scored].to(device), reduction="none")
         # summed in double, so that the padding's width can't tip a close choice
-        sums = losses.masked_fill(~scored, 0).cpu().double().sum(1)
+        sums = torch.zeros(targets.shape, dtype=torch.float64)
+        sums[scored] = losses.cpu().double()
         n_rows = 4 * len(numbers)
-        sums = sums[:n_rows].view(-1, 4)  # (items, endings)
+        sums = sums.sum(1)[:n_rows].view(-1, 4)  # (items, endings)
         if convention == "nanogpt":
-            lengths = scored.cpu().sum(1)[:n_rows].view(-1, 4)  # in tokens
+            lengths = scored.sum(1)[:n_rows].view(-1, 4)  # in tokens
         else:
             lengths = torch.from_numpy(characters)
         chosen[0, numbers] = sums.argmin(1).to(device)
@@ -246,7 +290,7 @@ def one_line(result):
 
 
 class Scorer:
-    """The four-way task that fits a dataset: HellaSwag for GPT-2 tokens, the folder's cloze for bytes.
+    """The four-way task that fits a dataset: HellaSwag for GPT-2 tokens, the cloze for bytes.
 
     Made by open_scorer(). batches: {convention: its batches}.
     """
@@ -255,25 +299,20 @@ class Scorer:
         self.task = task
         self.labels = np.array(labels)
         self.batches = batches
-        self.device = device
-        self.rank = rank
-        self.world = world
+        self.where = (device, rank, world)
 
-    def score(self, losses_of, convention, step, folder):
+    def score(self, logits_of, convention, step, folder):
         """The result of score() on this task, with its task and convention.
 
         Rank 0 also writes it, with step and the labels, to folder/TASK_CONVENTION.json, so that two
         runs can be compared item by item.
         """
         result = {"task": self.task, "convention": convention}
-        batches = self.batches[convention]
-        distributed = (self.device, self.rank, self.world)
-        result |= score(losses_of, batches, self.labels, convention, *distributed)
-        if self.rank == 0:
+        result |= score(logits_of, self.batches[convention], self.labels, convention, *self.where)
+        if self.where[1] == 0:
             labels = "".join(map(str, self.labels))
             content = json.dumps({"step": step, **result, "labels": labels}).encode()
-            path = Path(folder) / f"{self.task}_{convention}.json"
-            write_atomic(path, lambda f: f.write(content))
+            write_atomic(Path(folder) / f"{self.task}_{convention}.json", lambda f: f.write(content))
         return result
 
 
@@ -305,28 +344,21 @@ def prepare_task(path, data_dir, tokenizer, block_size):
     if tokenizer.name == "bytes":
         task = "cloze"
         conventions = ("nanogpt",)
-        items = cloze_items(data_dir)
+        items = cloze_items(validation_documents(data_dir))
+        if len(items) < CLOZE_ITEMS // 2:
+            say(f"no four-way score: {data_dir} has text for {len(items)} items only")
+            return None
     else:
         task = "hellaswag"
         conventions = CONVENTIONS
         items = hellaswag_items(Path(path))
-    if items is None:
-        return None
-
+        if items is None:
+            return None
     labels = [item["label"] for item in items]
     batches = {}
     for convention in conventions:
-        encode = tokenizer.encode_ordinary
-        batches[convention] = make_batches(items, convention, encode, block_size)
+        batches[convention] = make_batches(items, convention, tokenizer.encode_ordinary, block_size)
     return task, labels, batches
-
-
-def cloze_items(data_dir):
-    path = Path(data_dir) / "cloze.jsonl"
-    if not path.exists():
-        say(f"no four-way score: {data_dir} has no cloze.jsonl")
-        return None
-    return load(path)
 
 
 def hellaswag_items(path):
@@ -343,48 +375,46 @@ def hellaswag_items(path):
 # Command line: score a Hugging Face model
 
 
+@dataclass
+class Args:
+    hf: str  # name or folder of a Hugging Face causal language model
+    file: Path = Path(DEFAULT_FILE)  # items; the default is downloaded
+    convention: Literal["nanogpt", "harness", "both"] = "both"  # how prompts are worded and scores made
+    device: str | None = None  # where to run; None: cuda if there is one, else cpu
+    limit: int | None = None  # score only this many items, the first ones; None: all
+
+
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("--hf", required=True, help="name or folder of a Hugging Face causal language model")
-    add("--file", default=DEFAULT_FILE, help=f"items [{DEFAULT_FILE}, downloaded]")
-    add("--convention", default="both", choices=(*CONVENTIONS, "both"),
-        help="how prompts are worded and scores made [both]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    add("--limit", type=int, help="score only this many items, the first ones [all]")
-    args = parse_strictly(parser)
+    import tyro
+
+    plain = (tyro.conf.FlagCreatePairsOff,)
+    args = tyro.cli(Args, description=__doc__, use_underscores=True, config=plain)
     if args.limit is not None and args.limit < 1:
         fail(f"--limit {args.limit}: must be at least 1")
-    path = Path(args.file)
-    if path != Path(DEFAULT_FILE):
-        items = load(path)
+    if args.file == Path(DEFAULT_FILE):
+        if not args.file.exists():
+            download(args.file)
+        items = load_published(args.file)
     else:
-        if not path.exists():
-            download(path)
-        items = load_published(path)
+        items = load(args.file)
     items = items[: args.limit]
     labels = np.array([item["label"] for item in items])
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_hugging_face(args.hf)
     try:
-        model.to(args.device).eval()
+        model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} can't be used: {str(error).splitlines()[0]}")
+        fail(f"--device {device} can't be used: {str(error).splitlines()[0]}")
 
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def losses_of(inputs, targets):
-        logits = model(inputs).logits.float().transpose(1, 2)  # (B, vocabulary, W)
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
-
     block_size = getattr(model.config, "max_position_embeddings", None) or 1024
     conventions = CONVENTIONS if args.convention == "both" else (args.convention,)
     for convention in conventions:
-        # four items a batch: unlike the training scripts', this model returns all logits at once
         batches = make_batches(items, convention, encode, block_size, items_per_batch=4)
         result = {"task": "hellaswag", "convention": convention}
-        result |= score(losses_of, batches, labels, convention, args.device)
+        result |= score(lambda inputs: model(inputs).logits, batches, labels, convention, device)
         print(one_line(result), flush=True)
 
 

@@ -1,5 +1,5 @@
 """The shard writer and the loader."""
-import collections
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +15,6 @@ import pytest
 from conftest import ROOT, text
 
 import fineweb
-import train_gpt2
 
 
 def write(folder, *options):
@@ -75,14 +74,14 @@ def test_bytes_tokenizer_knows_every_byte_and_end_of_text():
     assert encoding.decode(encoding.encode_ordinary(every)) == every
 
 
-def test_gpt2_tokenizer_from_local_files_or_cache(tmp_path, monkeypatch):
+def test_gpt2_tokenizer():
     try:
         encoding = fineweb.get_tokenizer("gpt2")
     except SystemExit:
         pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
     tokens = encoding.encode_ordinary("Hello, I'm a language model,")
     assert tokens == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    tokens, counts = fineweb.tokenize(["Hello world", ""], True, encoding)
+    tokens, counts = fineweb.tokenize(["Hello world", ""], True, "gpt2")
     assert tokens.tolist() == [50256, 15496, 995, 50256] and tokens.dtype == np.uint16
     assert counts.tolist() == [3, 1]
 
@@ -102,6 +101,7 @@ def test_shards_hold_the_documents_in_order(tmp_path):
     assert header[:3].tolist() == [20240520, 1, counts[0]] and not header[3:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_result_does_not_depend_on_the_number_of_workers(tmp_path, workers):
     path = write_jsonl(tmp_path / "a.jsonl", documents(700))
@@ -137,6 +137,7 @@ def test_stopped_after_any_shard_it_goes_on_to_the_same_bytes(tmp_path):
     assert np.array_equal(tokens_of(tmp_path / "whole"), expected)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes_and_redoes_no_finished_shard(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", documents(3000))
     options = ["--files", path, "--tokenizer", "bytes"]
@@ -168,25 +169,24 @@ def test_verify_names_the_bad_shards_and_the_writer_rebuilds_them(tmp_path):
         f.seek(3000)
         f.write(b"\x01\x02")
     (out / "fineweb_val_000000.bin").unlink()
-    named = "remove .*val_000000.bin .*train_000002.bin"
-    with pytest.raises(SystemExit, match=f"2 of .* shards are bad: {named}"):
+    with pytest.raises(SystemExit, match="remove .*val_000000.bin .*train_000002.bin"):
         fineweb.verify(out)
     (out / "fineweb_train_000002.bin").unlink()
     in_process(out, [path])
     assert bytes_of(out) == whole
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "a.jsonl, line 2 is not"),
-    ("a.jsonl", b'{"text": "one"}\nnonsense\n', "a.jsonl, line 2 is not"),
-    ("a.jsonl", b'{"text": null}\n', "a.jsonl, line 1 is not"),
-    ("a.txt", b"abc \xff\xfe def", "a.txt is not UTF-8"),
-    ("a.parquet", b"PAR1 no, it is not", "a.parquet is not a parquet file, or only part of one"),
-    ("a.csv", b"text\nhello\n", "must be a .jsonl, .txt or .parquet"),
+@pytest.mark.parametrize("name, content, fact", [
+    ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "a.jsonl, line 2"),
+    ("a.jsonl", b'{"text": "one"}\nnonsense\n', "a.jsonl, line 2"),
+    ("a.jsonl", b'{"text": null}\n', "a.jsonl, line 1"),
+    ("a.txt", b"abc \xff\xfe def", "a.txt .*UTF-8"),
+    ("a.parquet", b"PAR1 no, it is not", "a.parquet"),
+    ("a.csv", b"text\nhello\n", "a.csv .*.jsonl, .txt or .parquet"),
 ])  # fmt: skip
-def test_unreadable_text_is_one_line(tmp_path, name, content, message):
+def test_unreadable_text_is_one_line(tmp_path, name, content, fact):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=fact):
         in_process(tmp_path / "out", [tmp_path / name])
 
 
@@ -196,41 +196,60 @@ def test_parquet_without_text_is_one_line(tmp_path):
 
     table = pyarrow.table({"content": ["a"], "id": [1]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(SystemExit, match="no column 'text' .it has content, id."):
+    with pytest.raises(SystemExit, match="'text' .*content, id"):
         in_process(tmp_path / "out", [tmp_path / "a.parquet"])
 
 
 def test_other_text_into_the_same_folder_is_refused(tmp_path):
     in_process(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", documents(20))])
     whole = bytes_of(tmp_path / "out")
-    with pytest.raises(SystemExit, match="holds shards with files = .* choose another folder"):
+    with pytest.raises(SystemExit, match="files = "):
         in_process(tmp_path / "out", [write_jsonl(tmp_path / "b.jsonl", documents(20))])
-    with pytest.raises(SystemExit, match="holds shards with shard_tokens = 5000"):
+    with pytest.raises(SystemExit, match="shard_tokens = 5000, not 6000"):
         in_process(tmp_path / "out", [tmp_path / "a.jsonl"], shard_tokens=6000)
     assert bytes_of(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--shard", "1"], "unknown option --shard: did you mean --shards?"),
-    (["--dataset", "c4"], "argument --dataset: invalid choice: 'c4' (choose from 'fineweb', 'fineweb-edu')"),
-    (["--shards", "many"], "argument --shards: invalid int value: 'many'"),
-    (["--shards", "0"], "--shards 0: must be at least 1"),
+    (["--shards", "0"], "--shards 0: "),
+    (["--shards", "-1"], "--shards -1: "),
     (["--shard_tokens", "5"], "--shard_tokens 5: must be from 1,024 to 2,147,483,647"),
-    (["--workers", "-1"], "--workers -1: must be at least 0"),
+    (["--shard_tokens", 2**31], "--shard_tokens 2147483648: must be from 1,024 to 2,147,483,647"),
+    (["--workers", "-1"], "--workers -1: "),
     (["--files", "nowhere.txt"], "nowhere.txt is not a file"),
-    (["--files", "x.txt", "--tokenizer", "gpt4"], "argument --tokenizer: invalid choice: 'gpt4' (choose from 'gpt2', 'bytes')"),
+    (["--files", "."], ". is not a file"),
+    (["--files", "a.txt", "--out", "a.txt/b"], "a.txt/b can't be written"),
+    (["--files", "a.txt", "--out", "a.txt"], "a.txt can't be written"),
+    (["--sample", "--out", "a.txt"], "a.txt can't be written"),
+    (["--files", "a.txt", "--out", "a" * 300], "File name too long"),
     (["--verify", "--out", "nowhere"], "nowhere has no manifest.json"),
+    (["--verify", "--out", "a.txt"], "a.txt has no manifest.json"),
+    (["--files", "a.txt", "--sample"], "--files and --sample"),
+    (["--files", "a.txt", "--pretokenized"], "--files and --pretokenized"),
+    (["--files", "a.txt", "--dataset", "fineweb-edu"], "--files and --dataset"),
+    (["--sample", "--pretokenized"], "--sample and --pretokenized"),
+    (["--sample", "--shards", "3"], "--sample and --shards"),
+    (["--pretokenized", "--shard_tokens", "5000"], "--pretokenized and --shard_tokens"),
 ])  # fmt: skip
-def test_bad_options_are_one_line(run, options, message):
-    if "--tokenizer" not in options:
+def test_options_that_cannot_be_are_one_line(run, tmp_path, options, message):
+    (tmp_path / "a.txt").write_text("some text")
+    if not {"--sample", "--pretokenized"} & set(options):
         options = [*options, "--tokenizer", "bytes"]
     status, said = run(fineweb, *options)
     assert status == 1 and message in said and said.count("\n") == 1, said
+    assert (tmp_path / "a.txt").read_text() == "some text"
 
 
-def test_a_bad_option_ends_the_process_with_one_line(tmp_path):
-    status, said = write(tmp_path, "--shard", "1")
-    assert status == 1 and said.startswith("unknown option --shard:") and said.count("\n") == 1, said
+@pytest.mark.parametrize("options, facts", [
+    (["--shard", "1"], ["--shard", "--shards"]),  # what it may mean
+    (["--dataset", "c4"], ["--dataset", "c4", "fineweb-edu"]),
+    (["--shards", "many"], ["--shards", "many"]),
+    (["--tokenizer", "gpt4"], ["--tokenizer", "gpt4", "bytes"]),
+])  # fmt: skip
+def test_wrong_options_are_named(tmp_path, options, facts):
+    status, said = write(tmp_path, *options)
+    assert status and all(fact in said for fact in facts), said
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_vocabulary_is_one_line(tmp_path):
@@ -240,8 +259,8 @@ def test_missing_vocabulary_is_one_line(tmp_path):
     nowhere = {**os.environ, "TIKTOKEN_CACHE_DIR": cache, "https_proxy": "http://127.0.0.1:9"}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=nowhere)
     assert result.returncode == 1
-    assert "GPT-2's vocabulary can't be loaded" in result.stderr
-    assert "put vocab.bpe and encoder.json into data/gpt2/" in result.stderr
+    for way_out in ("TIKTOKEN_CACHE_DIR", "vocab.bpe", "encoder.json", "data/gpt2/"):
+        assert way_out in result.stderr
     assert result.stderr.count("\n") == 1
 
 
@@ -249,20 +268,19 @@ def test_a_vocabulary_that_does_not_come_is_given_up(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     never = threading.Event()
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: never.wait(60))
-    monkeypatch.setattr(fineweb, "NO_VOCABULARY", 0.05)
-    with pytest.raises(SystemExit, match="GPT-2's vocabulary can't be loaded .TimeoutError."):
+    monkeypatch.setattr(fineweb, "NO_ANSWER", 0.05)
+    with pytest.raises(SystemExit, match="GPT-2.*TimeoutError"):
         fineweb.get_tokenizer("gpt2")
     never.set()
 
 
-def test_too_little_disk_space_stops_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_space_stops_before_a_shard_is_written(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", documents(40))
     full = shutil._ntuple_diskusage(10**9, 10**9, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    way_out = "make room, choose another --out, or start small with --shards N"
-    with pytest.raises(SystemExit, match=way_out):
+    with pytest.raises(SystemExit, match="make room.* --out.* --shards N"):
         in_process(tmp_path / "out", [path])
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("tokens, options", [
@@ -291,11 +309,13 @@ def test_the_next_command_fits_the_tokens(tokens, options):
 
 
 def test_the_next_command_scales_the_training_scripts_defaults():
+    import train_gpt2
+
     config = train_gpt2.Config()
     assert fineweb.BATCH_TOKENS == config.batch_tokens
     assert fineweb.MAX_STEPS == config.max_steps
     assert fineweb.WARMUP_STEPS == config.warmup_steps
-    assert fineweb.DATASETS["fineweb"]["out"] == config.data_dir
+    assert fineweb.DATASETS["fineweb"][2] == config.data_dir
     assert fineweb.SAMPLE == train_gpt2.TINY_RUN["data_dir"]
 
 
@@ -311,65 +331,60 @@ def test_the_last_line_is_the_next_command(run, tmp_path):
     ]
 
 
+def test_files_of_three_kinds_on_the_command_line(run, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = documents(9)
+    write_jsonl(tmp_path / "a.jsonl", texts[:4])
+    (tmp_path / "b.txt").write_text(texts[4])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[5:]}), tmp_path / "c.parquet")
+    options = ["--tokenizer", "bytes", "--workers", 0, "--out", "data/mine"]
+    status, said = run(fineweb, "--files", "a.jsonl", "b.txt", "c.parquet", *options)
+    assert status == 0, said
+    assert np.array_equal(tokens_of(tmp_path / "data/mine"), straight(texts))
+
+
 def test_sample_dataset(sample):
     manifest = fineweb.read_manifest(sample)
+    assert manifest["tokenizer"] == "bytes" and manifest["complete"] and manifest["dataset"] == "sample"
     tokens = tokens_of(sample)
-    assert manifest["tokenizer"] == "bytes" and manifest["complete"]
-    assert 3_000_000 < len(tokens) < 20_000_000
+    assert 800_000 < len(tokens) < 2_000_000
+    assert len(tokens_in(sample / "fineweb_val_000000.bin")) == 131_073  # --tiny validates on 65,536 of them
     assert tokens.max() == 256 and (tokens == 256).mean() < 0.01
     letters = np.isin(tokens, np.frombuffer(b"etaoinshr ", dtype=np.uint8))
     assert letters.mean() > 0.6  # it is English
-    items = [json.loads(line) for line in (sample / "cloze.jsonl").read_text().splitlines()]
-    assert len(items) == 1000
-    val = tokens_in(sample / "fineweb_val_000000.bin")
-    held_out = val.clip(0, 255).astype(np.uint8).tobytes().decode("latin-1")
-    held_out = " ".join(held_out.split())
-    for item in items:
-        assert len(set(item["endings"])) == 4
-        assert item["ctx"] + " " + item["endings"][item["label"]] in held_out
-        assert len({" ".join(sorted(ending.split())) for ending in item["endings"]}) == 1
+    assert bytes_of(sample).keys() == {"manifest.json", "fineweb_val_000000.bin", "fineweb_train_000001.bin"}
 
 
-def test_a_rule_that_reads_nothing_is_at_chance_in_the_cloze(sample):
-    items = [json.loads(line) for line in (sample / "cloze.jsonl").read_text().splitlines()]
-    words = " ".join(" ".join(item["endings"]) for item in items).split()
-    frequency = collections.Counter(words)
-    rules = {f"ending {i}": lambda endings, i=i: [k == i for k in range(4)] for i in range(4)}
-    rules |= {
-        "alphabetically first": lambda endings: [e == min(endings) for e in endings],
-        "alphabetically last": lambda endings: [e == max(endings) for e in endings],
-        "shortest": lambda endings: [-len(e) for e in endings],
-        "longest": lambda endings: [len(e) for e in endings],
-        "most frequent words": lambda endings: [sum(frequency[w] for w in e.split()) for e in endings],
-        "rarest last word": lambda endings: [-frequency[e.split()[-1]] for e in endings],
-        "longest last word": lambda endings: [len(e.split()[-1]) for e in endings],
-        "longest first word": lambda endings: [len(e.split()[0]) for e in endings],
-        "capitals and full stops": lambda endings: [sum(not c.islower() for c in e) for e in endings],
-    }
-    # Three standard errors, in percent: the text depends on the installed versions, and with ten rules
-    # two would be too few for some of them. The alphabetically last of the first version's had 67.5.
-    limit = 3 * (25 * 75 / len(items)) ** 0.5
-    for name, rule in rules.items():
-        right = 0.0
-        for item in items:
-            values = rule(item["endings"])
-            best = [k for k in range(4) if values[k] == max(values)]
-            right += (item["label"] in best) / len(best)
-        assert abs(100 * right / len(items) - 25) < limit, (name, right)
+def test_the_sample_is_of_python_alone_and_has_no_paragraph_twice():
+    program = "import fineweb, hashlib; print(hashlib.sha256('|'.join(fineweb.sample_documents()).encode()).hexdigest())"
+    text = "|".join(fineweb.sample_documents())
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == hashlib.sha256(text.encode()).hexdigest()
+    paragraphs = [paragraph for document in text.split("|") for paragraph in document.strip().split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs)) > 3000
+    for foreign in ("numpy", "torch", "tkinter", "IDLE", "turtle"):
+        assert text.count(foreign) < 20, foreign
 
 
-def test_an_old_sample_gets_the_new_cloze(sample, tmp_path, capsys):
-    folder = tmp_path / "sample"
-    shutil.copytree(sample, folder)
-    new = (folder / "cloze.jsonl").read_text()
+def test_the_sample_of_an_older_version_is_neither_used_nor_touched(sample, tmp_path):
+    folder = shutil.copytree(sample, tmp_path / "sample")
     manifest = fineweb.read_manifest(folder)
-    del manifest["cloze"]
-    fineweb.write_manifest(folder, manifest)
-    (folder / "cloze.jsonl").write_text("old")
-    for expected in ("wrote", "already exists\n"):
+    fineweb.write_manifest(folder, manifest | {"files": ["documentation of Python, numpy and torch"]})
+    before = bytes_of(folder)
+    with pytest.raises(SystemExit, match=f"{folder} .*numpy.*move"):
         fineweb.write_sample(folder)
-        assert expected in capsys.readouterr().out
-        assert (folder / "cloze.jsonl").read_text() == new
+    assert bytes_of(folder) == before
+
+
+def test_a_sample_of_another_python_stays(sample, tmp_path, capsys):
+    folder = shutil.copytree(sample, tmp_path / "sample")
+    fineweb.write_manifest(folder, fineweb.read_manifest(folder) | {"revision": "3.0.0"})
+    before = bytes_of(folder)
+    fineweb.write_sample(folder)
+    assert "already exists" in capsys.readouterr().out and bytes_of(folder) == before
 
 
 # ---- nothing lost
@@ -434,18 +449,7 @@ def test_files_survive_a_kill_at_every_write(tmp_path, shard_tokens):
 def test_the_sample_survives_a_kill_at_every_write(tmp_path, monkeypatch):
     texts = documents(20) + [letter * 150_000 for letter in "abcd"]
     monkeypatch.setattr(fineweb, "sample_documents", lambda: texts)
-    assert survives_a_kill_at_every_write(tmp_path, fineweb.write_sample) == 7
-
-
-def test_a_folder_of_an_older_version_killed_before_complete_goes_on(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", documents(20))
-    out = tmp_path / "out"
-    in_process(out, [path])
-    whole = bytes_of(out)
-    manifest = fineweb.read_manifest(out)
-    fineweb.write_manifest(out, manifest | {"complete": False})
-    in_process(out, [path])
-    assert bytes_of(out) == whole
+    assert survives_a_kill_at_every_write(tmp_path, fineweb.write_sample) == 5
 
 
 THEIRS = {"notes.txt": "mine", "results.tmp": "mine", "raw/a.parquet": "mine", ".cache/huggingface/x": "mine"}
@@ -492,33 +496,25 @@ def test_the_sample_leaves_what_is_not_its_own(tmp_path, capsys, little_sample):
 def test_the_sample_into_a_foreign_dataset_is_one_line(tmp_path, capsys, run, little_sample, last):
     out = tmp_path / "out"
     in_process(out, [write_jsonl(tmp_path / "a.jsonl", documents(30))], last=last)
-    put_theirs(out, **{"cloze.jsonl": "mine"})
+    put_theirs(out)
     before = bytes_of_all(out)
     capsys.readouterr()
     status, said = run(fineweb, "--sample", "--out", "out")
     assert status == 1 and said.count("\n") == 1, said
-    assert "out holds another dataset, files: choose another folder for the offline one" in said
-    assert bytes_of_all(out) == before
-
-
-def test_a_foreign_cloze_is_not_overwritten(tmp_path, run, little_sample):
-    out = tmp_path / "out"
-    put_theirs(out, **{"cloze.jsonl": "mine"})
-    before = bytes_of_all(out)
-    status, said = run(fineweb, "--sample", "--out", "out")
-    assert status == 1 and "cloze.jsonl is in the way" in said and said.count("\n") == 1, said
+    assert "out holds shards with dataset = 'files'" in said
     assert bytes_of_all(out) == before
 
 
 def bytes_of_all(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    return {path: path.read_bytes() for path in files}
 
 
 def test_two_writers_in_one_folder(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", documents(40))
     holder = """
 import fineweb, pathlib, time
-fineweb.lock_folder(pathlib.Path("out"), "")
+fineweb.lock(pathlib.Path("out"), "")
 print("locked", flush=True)
 time.sleep(60)
 """
@@ -539,27 +535,29 @@ time.sleep(60)
     assert status == 0, said
 
 
+@pytest.mark.slow
 def test_the_second_to_find_no_sample_waits_for_the_first(tmp_path):
-    # each adds a line when it begins to write
     program = """
-import fineweb, pathlib, time
+import fineweb, os, pathlib, time
 def documents():
-    with open("written", "a") as f:
-        f.write("once\\n")
     time.sleep(0.5)
     return ["of the " * 50] + [letter * 150_000 for letter in "abcd"]
 fineweb.sample_documents = documents
-fineweb.write_sample(pathlib.Path("sample"))
-fineweb.verify(pathlib.Path("sample"))
+folder = pathlib.Path("sample")
+fineweb.write_sample(folder)
+fineweb.verify(folder)
+print("at", (folder / "fineweb_train_000001.bin").stat().st_mtime_ns)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     all = [subprocess.Popen(command, cwd=tmp_path, env=environment, **quiet) for _ in range(3)]
+    written = set()
     for process in all:
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 0, said
-    assert (tmp_path / "written").read_text() == "once\n"
+        written.add(said.splitlines()[-1])
+    assert len(written) == 1  # once
 
 
 def children(pid):
@@ -582,6 +580,7 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_workers_end_when_the_main_process_is_killed(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", documents(3000) * 10)
@@ -609,7 +608,7 @@ def test_a_truncated_shard_is_written_again(tmp_path, capsys):
     for name in ("fineweb_val_000000.bin", "fineweb_train_000002.bin", max(whole.keys() - {"manifest.json"})):
         (out / name).write_bytes(whole[name][:-100])
     in_process(out, [path])
-    assert f"{out / 'fineweb_train_000002.bin'} is damaged: writing it again" in capsys.readouterr().out
+    assert f"{out / 'fineweb_train_000002.bin'} is missing or damaged" in capsys.readouterr().out
     assert bytes_of(out) == whole
 
 
@@ -622,7 +621,7 @@ def test_a_source_that_became_shorter_is_one_line(tmp_path):
     os.truncate(path, size)
     last = sorted(out.glob("*_train_*.bin"))[-1]
     last.unlink()
-    with pytest.raises(SystemExit, match="came out different from what"):
+    with pytest.raises(SystemExit, match=f"{last.name} .*source has changed"):
         in_process(out, [path])
     assert not last.exists()
 
@@ -632,7 +631,7 @@ def test_no_text_is_one_line_and_can_be_mended(run, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     options = ["--files", name, "--tokenizer", "bytes", "--workers", 0, "--out", "out"]
     status, said = run(fineweb, *options)
-    assert status == 1 and said.splitlines()[-1].startswith("there is no text in the source"), said
+    assert status == 1 and "no text" in said.splitlines()[-1], said
     write_jsonl(tmp_path / "a.jsonl", documents(10))
     (tmp_path / "a.txt").write_text(text(2000, 0))
     status, said = run(fineweb, *options)
@@ -646,15 +645,13 @@ def test_text_for_a_validation_shard_only_is_not_a_success(run, tmp_path):
     assert status == 1 and "out has no training shard" in said.splitlines()[-1], said
 
 
-def test_run_again_needs_room_only_for_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_run_again_needs_room_only_for_what_is_missing(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", documents(40))
     out = tmp_path / "out"
     in_process(out, [path], last=2)
-    manifest = fineweb.read_manifest(out)
-    n_bytes = 2 * (path.stat().st_size + 1)  # a token is two bytes, and there is one <|endoftext|> more
-    done = sum(2 * shard["tokens"] for shard in manifest["shards"])
-    assert fineweb.missing_bytes(out, manifest, n_bytes) == n_bytes - done > 0
-    free = [n_bytes - done - 1]
+    done = sum(2 * shard["tokens"] for shard in fineweb.read_manifest(out)["shards"])
+    missing = 2 * path.stat().st_size - done  # a token is two bytes, and there are as many as bytes, or fewer
+    free = [missing - 1]
     full = shutil._ntuple_diskusage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full(10**9, 10**9, free[0]))
     with pytest.raises(SystemExit, match="make room"):
@@ -670,72 +667,11 @@ def test_run_again_needs_room_only_for_what_is_missing(tmp_path, monkeypatch, ca
     in_process(out, [path])
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--files", "a.txt", "--sample"], "--files and --sample don't go together"),
-    (["--files", "a.txt", "--pretokenized"], "--files and --pretokenized don't go together"),
-    (["--files", "a.txt", "--dataset", "fineweb"], "--files and --dataset don't go together"),
-    (["--sample", "--pretokenized"], "--sample and --pretokenized don't go together"),
-    (["--sample", "--shards", "3"], "--sample and --shards don't go together"),
-    (["--pretokenized", "--shard_tokens", "5000"], "--pretokenized and --shard_tokens don't go together"),
-    (["--files", "."], ". is not a file"),
-    (["--files", "a.txt", "--out", "a.txt"], "a.txt is a file: choose another --out"),
-    (["--files", "a.txt", "--out", "a.txt/b"], "can't be written: choose a place where you may write (Not a directory)"),
-    (["--files", "a.txt", "--out", "a" * 300], "File name too long"),
-    (["--verify", "--out", "a.txt"], "a.txt is a file: choose another --out"),
-    (["--sample", "--out", "a.txt"], "a.txt is a file: choose another --out"),
-    (["--files", "a.txt", "--shards", "-1"], "--shards -1: must be at least 1"),
-])  # fmt: skip
-def test_options_that_cannot_be_are_one_line(run, tmp_path, options, message):
-    (tmp_path / "a.txt").write_text("some text")
-    if not {"--sample", "--pretokenized"} & set(options):
-        options = [*options, "--tokenizer", "bytes", "--workers", "0"]
-    status, said = run(fineweb, *options)
-    assert status == 1 and message in said and said.count("\n") == 1, said
-    assert (tmp_path / "a.txt").read_text() == "some text"
-
-
-def test_help_fits_80_columns_and_shows_choices(monkeypatch, run):
-    monkeypatch.setenv("COLUMNS", "80")
-    _, said = run(fineweb, "--help")
-    assert max(map(len, said.splitlines())) <= 79
-    assert "{fineweb,fineweb-edu}" in said and "{gpt2,bytes}" in said
-
-
 def test_the_bar_ends_at_100_percent(tmp_path, capsys):
-    import pyarrow
-    import pyarrow.parquet
-
-    parquet = tmp_path / "b.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": documents(300)}), parquet, row_group_size=20)
-    (tmp_path / "c.txt").write_text("\n".join(documents(300)))
-    paths = [write_jsonl(tmp_path / "a.jsonl", documents(300)), parquet, tmp_path / "c.txt"]
-    totals = []
-    progress_bar = fineweb.progress_bar
-
-    def watched(*args):
-        bar = progress_bar(*args)
-        update = bar.update
-
-        def watched_update(n):
-            totals.append((bar.n, bar.total))
-            return update(n)
-
-        bar.update = watched_update
-        return bar
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fineweb, "progress_bar", watched)
-        in_process(tmp_path / "out", paths, 10_000)
-    n_tokens = len(tokens_of(tmp_path / "out"))
-    for n, total in totals:
-        assert n < total
-        if n > n_tokens / 10:
-            assert abs(total / n_tokens - 1) < 0.35
-    assert "100%|" in capsys.readouterr().err.splitlines()[-1]
-    in_process(tmp_path / "part", paths, 10_000, last=3)
-    assert "100%|" in capsys.readouterr().err.splitlines()[-1]
-    in_process(tmp_path / "part", paths, 10_000)
-    assert "100%|" in capsys.readouterr().err.splitlines()[-1]
+    paths = [write_jsonl(tmp_path / "a.jsonl", documents(300))]
+    for last in (3, None, None):
+        in_process(tmp_path / "out", paths, 10_000, last)
+        assert "100%|" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- loader
@@ -845,19 +781,19 @@ def test_data_that_repeat_give_a_warning(tmp_path, capsys):
 
 
 def test_bad_datasets_are_one_line_with_the_way_out(tmp_path):
-    with pytest.raises(SystemExit, match="no token shards in .*nowhere: run `python fineweb.py`"):
+    with pytest.raises(SystemExit, match="nowhere: run `python fineweb.py`.* --tiny"):
         fineweb.open_dataset(tmp_path / "nowhere")
     folder = small_dataset(tmp_path)
     data = fineweb.open_dataset(folder)
     assert data["tokenizer"] == "bytes" and data["vocab_size"] == 257
-    with pytest.raises(SystemExit, match="a vocabulary of 257, the model one of 256: .* --vocab_size 384"):
+    with pytest.raises(SystemExit, match="257.* 256: .* --vocab_size 384"):
         fineweb.open_dataset(folder, 256)
-    with pytest.raises(SystemExit, match="holds bytes tokens, the model was trained on gpt2 tokens"):
+    with pytest.raises(SystemExit, match="bytes .*gpt2 .*--data_dir"):
         fineweb.open_dataset(folder, before={"tokenizer": "gpt2", "fingerprint": ""})
     shard = folder / "fineweb_train_000002.bin"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    with pytest.raises(SystemExit, match="000002.bin is truncated"):
+    with pytest.raises(SystemExit, match="000002.bin is truncated.*5,000"):
         fineweb.open_dataset(folder)
     shard.write_bytes(b"something else entirely" * 100)
     with pytest.raises(SystemExit, match="000002.bin is not a token shard"):
@@ -873,7 +809,7 @@ def test_bad_datasets_are_one_line_with_the_way_out(tmp_path):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(SystemExit, match="is not a manifest"):
         fineweb.open_dataset(folder)
-    with pytest.raises(SystemExit, match="has no val shard that holds 1000001 tokens"):
+    with pytest.raises(SystemExit, match="no val shard of 1000001 tokens"):
         fineweb.Windows(folder, "val", 1_000_000)
 
 
@@ -917,5 +853,5 @@ def test_token_beyond_the_vocabulary_stops_the_run(tmp_path):
 def test_a_shard_cut_off_in_its_header_is_one_line(tmp_path, size):
     path = tmp_path / "fineweb_train_000001.bin"
     path.write_bytes(fineweb.shard_header(100)[:size])
-    with pytest.raises(SystemExit, match=f"000001.bin is truncated .{size:,} bytes"):
+    with pytest.raises(SystemExit, match="000001.bin is (truncated|not a token shard)"):
         fineweb.shard_tokens(path)

