@@ -38,6 +38,7 @@ import sys
 import sysconfig
 import threading
 import time
+import zipfile
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -991,6 +992,59 @@ def within(seconds, action):
 
     threading.Thread(target=run, daemon=True).start()
     return future.result(seconds)
+
+
+def append(path, event, **fields):
+    """Adds a line of JSON to a run's log."""
+    begin = "\n" if event == "run" else ""  # after what may be half a line of a killed run
+    with one_line(f"{path} can't be written: make room, then continue with --resume"):
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(begin + json.dumps({"event": event, **fields}) + "\n")
+
+
+def load_checkpoint(paths, script, fields):
+    """The first of a script's checkpoints that is whole, on the CPU; the damaged ones are named.
+
+    Raises SystemExit if none is, and for one of another script or of a Config with other fields.
+    """
+    import torch
+
+    for path in paths:
+        try:
+            damage = zipfile.ZipFile(path).testzip()  # checks the checksums, which torch.load doesn't
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            made_by = checkpoint["script"]
+            is_ours = made_by == script and checkpoint["config"].keys() == fields.keys()
+        except Exception as error:  # a damaged file can raise anything
+            damage = type(error).__name__
+        if damage:
+            say(f"{path} is damaged ({damage})")
+        elif is_ours:
+            return checkpoint
+        else:
+            fail(f"{path} was made by {made_by}.py, or a version of it with other options: use that")
+    fail(f"{path} can't be read: give a checkpoint that is whole, or another --run_name")
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """A list that the first signal to stop is added to, so that a run can end its step; a second kills."""
+    received = []
+    before = {}
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # SLURM's warning, a closed terminal
+        number = getattr(signal, name, None)  # Windows has the first two
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

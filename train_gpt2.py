@@ -10,8 +10,7 @@ embedding. 124,475,904 parameters with the vocabulary padded to 50,304.
     python train_gpt2.py --tiny    # a few minutes on a laptop
     python train_gpt2.py           # on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # on eight
-    python train_gpt2.py --resume  # continue from the last checkpoint
-    python train_gpt2.py --eval    # score it; or --sample "Hello"
+    python train_gpt2.py --resume  # continue it; or --eval, or --sample "Hello"
 """
 import dataclasses
 import hashlib
@@ -30,7 +29,7 @@ import tyro
 
 import fineweb
 import hellaswag
-from fineweb import fail, say
+from fineweb import append, fail, say
 
 # ==========================================================================
 # Config
@@ -531,26 +530,26 @@ def main():
     }  # fmt: skip
     if rank == 0 and not config.eval:
         fineweb.write_atomic(folder / f"{SCRIPT}.py", lambda file: file.write(source))
-    log = fineweb.open_log(folder / "log.jsonl" if rank == 0 else os.devnull)  # log(event, **fields)
+    log = folder / "log.jsonl" if rank == 0 else os.devnull
 
     def evaluate(step):
         """Logs and prints the validation loss, the accuracy on HellaSwag or the cloze, and samples."""
         model.eval()
         loss = validate(compiled, val, micro_batch, rank, world, device, autocast)
-        log("val", step=step, loss=loss)
+        append(log, "val", step=step, loss=loss)
         say(f"step {step:05d} | validation loss {loss:.4f}")
         for convention in scorer.batches if scorer else ():
             if convention == "nanogpt" or step == last_step:
                 with autocast:
                     result = scorer.score(lambda idx: model(idx)[0], convention, step, folder)
-                log("score", step=step, **result)
+                append(log, "score", step=step, **result)
                 say(f"step {step:05d} | {hellaswag.one_line(result)}")
         for text in generate(model, tokenizer, config.prompt, device, autocast) if tokenizer else ():
-            log("sample", step=step, text=text)
+            append(log, "sample", step=step, text=text)
             say(f"step {step:05d} > {text!r}")
 
     began = time.time()
-    log("run", time=began, config=vars(config), **facts)
+    append(log, "run", time=began, config=vars(config), **facts)
     for key, value in (facts | vars(config)).items():
         say(f"{key:18} {value}")
 
@@ -579,8 +578,8 @@ def main():
             if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
                 fail(f"stopped at step {step}: loss {loss}, gradient norm {norm}; "
                      f"the last good checkpoint, if any, is in {folder}")  # fmt: skip
-            log("train", step=step, loss=loss, norm=norm if math.isfinite(norm) else None,
-                lr=get_lr(config, step), ms=1000 * seconds, **extra)  # fmt: skip
+            append(log, "train", step=step, loss=loss, norm=norm if math.isfinite(norm) else None,
+                   lr=get_lr(config, step), ms=1000 * seconds, **extra)  # fmt: skip
             if step % config.log_every == 0:
                 rate = config.batch_tokens / seconds
                 tflops = 3 * flops * rate / world / 1e12  # backward is two forward passes' work
