@@ -641,9 +641,8 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
             if largest >= n_vocab:
                 fail(f"token {largest} in {folder / name} is beyond the vocabulary of {n_vocab:,}: "
                      f"run `python fineweb.py --verify --out {folder}`")
-    unused = set()
-    if train_shards is not None:
-        unused.update(sorted(name for name in counts if "_train_" in name)[train_shards:])
+    training = sorted(name for name in counts if "_train_" in name)
+    unused = [] if train_shards is None else training[train_shards:]
     kept = [shard for shard in manifest["shards"] if shard["name"] not in unused]
     identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in kept]
     data = {key: manifest[key] for key in ("dataset", "tokenizer", "vocab_size")}
@@ -798,7 +797,7 @@ class Loader:
 class Args:
     dataset: Literal["fineweb", "fineweb-edu"] = "fineweb"  # take sample-10BT of this
     pretokenized: bool = False  # download ready-made shards of it
-    files: tuple[Path, ...] = ()  # use these .jsonl, .txt or .parquet files instead
+    files: tuple[Path, ...] | None = None  # use these .jsonl, .txt or .parquet files instead
     sample: bool = False  # write the small offline dataset instead
     verify: bool = False  # only check the folder against its manifest
     shards: int | None = None  # stop after N training shards; None: all
@@ -818,6 +817,8 @@ def main():
         "sample": ("dataset", "pretokenized", "shards", "shard_tokens", "tokenizer"),
         "pretokenized": ("shard_tokens", "tokenizer"),
     }
+    if args.files == ():
+        fail("--files: name at least one file")
     given = [name for name, value in vars(args).items() if value != getattr(Args, name)]
     for name in without_use.keys() & given:
         for other in set(without_use[name]) & set(given):
@@ -828,15 +829,15 @@ def main():
             fail(f"--{name} {value}: must be from {least:,} to 2,147,483,647")
     default = f"data/{args.files[0].stem}" if args.files else DATASETS[args.dataset][2]
     folder = args.out or Path(SAMPLE if args.sample else default)
-    if args.verify:
-        verify(folder)
-        return
     workers = args.workers
     if workers is None:  # this process may have fewer cores than the machine
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # number 0 is for validation, so N training shards end with number N
     how = (args.shards, args.shard_tokens, args.tokenizer, workers)
     try:
+        if args.verify:
+            verify(folder)
+            return
         if not args.sample:
             lock(folder, "wait until it ends, or choose another --out")
         if args.sample:

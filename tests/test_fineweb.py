@@ -218,6 +218,7 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
     (["--workers", "-1"], "--workers -1: "),
     (["--files", "nowhere.txt"], "nowhere.txt is not a file"),
     (["--files", "."], ". is not a file"),
+    (["--files"], "--files: "),
     (["--files", "a.txt", "--out", "a.txt/b"], "a.txt/b can't be written"),
     (["--files", "a.txt", "--out", "a.txt"], "a.txt can't be written"),
     (["--sample", "--out", "a.txt"], "a.txt can't be written"),
@@ -234,7 +235,7 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
 def test_options_that_cannot_be_are_one_line(run, tmp_path, options, message):
     (tmp_path / "a.txt").write_text("some text")
     if not {"--sample", "--pretokenized"} & set(options):
-        options = [*options, "--tokenizer", "bytes"]
+        options = ["--tokenizer", "bytes", *options]
     status, said = run(fineweb, *options)
     assert status == 1 and message in said and said.count("\n") == 1, said
     assert (tmp_path / "a.txt").read_text() == "some text"

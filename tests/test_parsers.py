@@ -73,24 +73,20 @@ def test_shards(content, n_tokens, more):
 
 
 def test_a_folder_in_a_file_s_place_is_one_line(tmp_path):
-    for name in ("fineweb_val_000000.bin", "manifest.json", "cloze.jsonl"):
+    for name in ("fineweb_val_000000.bin", "manifest.json"):
         folder = tmp_path / name.split(".")[0]
         in_process(folder, [write_jsonl(tmp_path / "a.jsonl", documents(20))])
-        (folder / name).unlink(missing_ok=True)
+        (folder / name).unlink()
         (folder / name).mkdir()
-        if name != "cloze.jsonl":
-            with pytest.raises(SystemExit, match=name):
-                fineweb.open_dataset(folder)
-            with pytest.raises(SystemExit, match=name):
-                in_process(folder, [tmp_path / "a.jsonl"])
-            with pytest.raises(SystemExit):
-                fineweb.verify(folder)
-        else:
-            with pytest.raises(SystemExit, match=name):
-                hellaswag.cloze_items(folder)
+        with pytest.raises(SystemExit, match=name):
+            fineweb.open_dataset(folder)
+        with pytest.raises(SystemExit, match=name):
+            in_process(folder, [tmp_path / "a.jsonl"])
+        with pytest.raises(SystemExit):
+            fineweb.verify(folder)
         assert (folder / name).is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="file is a file, not a folder"):
+    with pytest.raises(SystemExit, match="no token shards in .*file"):
         fineweb.open_dataset(tmp_path / "file")
 
 
@@ -101,8 +97,7 @@ def test_validation_tokens_beyond_the_vocabulary_name_the_file(tmp_path):
     with open(path, "r+b") as f:
         f.seek(-2, 2)
         f.write(np.uint16(300).tobytes())
-    message = "token 300 in .*fineweb_val_000000.bin is beyond the vocabulary of 257"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match="300 .*fineweb_val_000000.bin .*257"):
         fineweb.open_dataset(folder)
 
 
@@ -153,7 +148,6 @@ def check_manifest(path, files, manifest):
             (folder / name).write_bytes(content)
         one_line_or_done(lambda: fineweb.open_dataset(folder))
         one_line_or_done(lambda: fineweb.verify(folder))
-        one_line_or_done(lambda: fineweb.sample_is_there(folder))
         one_line_or_done(lambda: in_process(folder, [path]))
         for name in files:
             assert (folder / name).is_file()
@@ -185,7 +179,7 @@ def test_jsonl(lines, ascii, rest):
 def test_odd_lines_are_one_line(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n' + line + b"\n")
-    with pytest.raises(SystemExit, match="a.jsonl, line 2 is not "):
+    with pytest.raises(SystemExit, match="a.jsonl, line 2"):
         in_process(tmp_path / "out", [path])
 
 
@@ -194,18 +188,18 @@ def test_a_line_ends_where_json_lines_says(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
-    ((_, found, _, _),) = fineweb.read_documents(path)
+    ((_, found, _),) = fineweb.read_documents(path)
     assert found == texts
 
 
-@pytest.mark.parametrize("column", ["[1, 2]", "[b'a']", "[['a']]", "[None]", "[{'a': 1}]", "[1.5]", "[True]"])
+@pytest.mark.parametrize("column", ["[1, 2]", "[b'a']", "[['a']]", "[{'a': 1}]", "[1.5]", "[True]"])
 def test_parquet_whose_text_is_no_text_is_one_line(tmp_path, column):
     import pyarrow
     import pyarrow.parquet
 
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": eval(column)}), path)
-    with pytest.raises(SystemExit, match="a.parquet: its column 'text' holds .*, not strings"):
+    with pytest.raises(SystemExit, match="a.parquet: .*'text'"):
         in_process(tmp_path / "out", [path])
 
 
