@@ -31,6 +31,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -39,9 +40,10 @@ import sysconfig
 import threading
 import time
 import zipfile
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
@@ -65,11 +67,6 @@ DATASETS = {  # name: (repository of the text on the hub, of ready-made shards, 
 SAMPLE = "data/sample"
 DOWNLOADS = ".fineweb.download"  # below a dataset's folder; whatever is in it is ours
 NO_ANSWER = 60  # seconds to wait for a library that would wait for ever
-
-# The training scripts' defaults: next_command() scales them down to a smaller dataset.
-BATCH_TOKENS = 2**19
-MAX_STEPS = 19_073
-WARMUP_STEPS = 715
 
 
 # ==========================================================================
@@ -255,7 +252,7 @@ def get_tokenizer(name, folder=None):
         fail(f"unknown tokenizer {name!r}: choose {' or '.join(VOCAB_SIZE)}")
     try:
         if not Path("data/gpt2/vocab.bpe").exists():
-            return within(NO_ANSWER, lambda: tiktoken.get_encoding("gpt2"))
+            return in_time(lambda: tiktoken.get_encoding("gpt2"))
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks("data/gpt2/vocab.bpe", "data/gpt2/encoder.json")
         from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -477,7 +474,7 @@ def hub_files(folder, repo, prefix, suffix):
 
     try:
         # list_repo_tree() waits for ever, whatever time-out the client has
-        revision, files = retrying(f"the file list of {repo}", lambda: within(NO_ANSWER, ask))
+        revision, files = retrying(f"the file list of {repo}", lambda: in_time(ask))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         fail(f"{repo}: the hub doesn't answer as it should: does this network want a login first?")
     if not files:
@@ -609,10 +606,8 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     """Checks every shard of a folder and describes the dataset.
 
     Returns a dict: dataset, tokenizer, vocab_size, and fingerprint, a hash that is equal for equal
-    tokens in the validation shard and the first train_shards training shards (None: all).
-    before: what this returned when the run began; other tokens than then give a warning.
-
-    Raises SystemExit for whatever doesn't fit: shards, manifest, vocabulary or tokenizer.
+    tokens in the validation shard and the first train_shards training shards (None: all). before: what
+    this returned when the run began. Raises SystemExit for whatever doesn't fit.
     """
     folder = Path(folder)
     counts = {path.name: shard_tokens(path) for path in sorted(folder.glob("*.bin"))}
@@ -659,9 +654,8 @@ class Windows:
     """The windows of block_size + 1 tokens in a folder's "train" or "val" shards, in their order.
 
     The last token of a window, only a target there, is the first of the next, only an input there. A
-    window never crosses the end of a shard. Only the first max_shards shards and max_tokens tokens
-    are used, so that a folder that holds more gives the same windows; a warning says if it holds less
-    than max_tokens. Raises SystemExit if there is not a single window.
+    window never crosses the end of a shard. Of larger data only the first max_shards shards and
+    max_tokens tokens are used. Raises SystemExit if there is not a single window.
     """
 
     def __init__(self, folder, split, block_size, max_shards=None, max_tokens=None):
@@ -703,32 +697,10 @@ def map_shard(path, at_random):
     return np.frombuffer(mapped, dtype=np.uint16, offset=HEADER_BYTES)
 
 
-def permute(i, n, seed, epoch):
-    """Where the pseudo-random permutation number (seed, epoch) of range(n) takes i, an int array.
-
-    A Feistel network, so that no shuffled list of ten million windows has to be kept: it splits a
-    number into two halves (left, right) and maps them to (right, left ^ hash(right)), six times. Each
-    of these rounds can be undone, so no two numbers end up in one place. It permutes the numbers below
-    a power of four; where it takes i to n or beyond, it is applied again, less than four times on
-    average (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002: "cycle walking").
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of a half
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
-    x = np.asarray(i).astype(np.uint64)
-    outside = np.ones(x.shape, dtype=bool)
-    while outside.any():
-        left = x[outside] >> half
-        right = x[outside] & mask
-        for key in keys:
-            # multiply and fold the high bits down, twice: the constants are splitmix64's
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed >> np.uint64(32)) & mask
-            left, right = right, left ^ mixed
-        x[outside] = (left << half) | right
-        outside = x >= n
-    return x.astype(np.int64)
+@functools.lru_cache(2)
+def epoch_order(n, seed, epoch):
+    """The numbers below n in an order of their own for each (seed, epoch), whatever numpy's version is."""
+    return np.random.RandomState([seed, epoch]).permutation(n)
 
 
 class Loader:
@@ -757,12 +729,9 @@ class Loader:
     def ids(self, step):
         """The window numbers of this rank's rows of batch number step: (batch_rows / world,) int64."""
         n = len(self.windows)
-        positions = step * self.batch_rows + self.mine
-        epochs = positions // n  # a batch may hold the end of one epoch and the beginning of the next
-        parts = []
-        for epoch in np.unique(epochs):
-            in_epoch = positions[epochs == epoch] % n
-            parts.append(permute(in_epoch, n, self.seed, int(epoch)))
+        # a batch may hold the end of one epoch and the beginning of the next
+        epochs, places = np.divmod(step * self.batch_rows + self.mine, n)
+        parts = [epoch_order(n, self.seed, int(i))[places[epochs == i]] for i in np.unique(epochs)]
         return np.concatenate(parts)
 
     def read(self, step):
@@ -858,20 +827,10 @@ def main():
     print(f"{folder}: {len(shards)} shards, {sum(shard['tokens'] for shard in shards):,} tokens")
     if len(shards) < 2:
         fail(f"{folder} has no training shard, only the first one, for validation: give more text")
-    print(f"Next: {next_command(folder, shards, args.sample)}")
-
-
-def next_command(folder, shards, sample):
-    """The training command that suits a folder: one epoch of its tokens, but at most the full run."""
-    command = "python train_gpt2.py" + (" --tiny" if sample else "")
-    default = SAMPLE if sample else DATASETS["fineweb"][2]
-    if folder != Path(default):
-        command += f' --data_dir "{folder}"' if " " in str(folder) else f" --data_dir {folder}"
-    steps = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"]) // BATCH_TOKENS
-    if not sample and 1 <= steps < MAX_STEPS:
-        warmup_steps = -(-WARMUP_STEPS * steps // MAX_STEPS)  # the same part of the run, rounded up
-        command += f" --max_steps {steps} --warmup_steps {warmup_steps}"
-    return command
+    steps = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"]) // 2**19 or 1
+    options = f"--max_steps {min(steps, 19_073)} --warmup_steps {min(-(-steps * 715 // 19_073), 715)}"
+    options = "--tiny" if args.sample else f"--data_dir {shlex.quote(str(folder))} {options}"
+    print(f"Next: python train_gpt2.py {options}")  # one epoch, at most the full run's steps
 
 
 # ==========================================================================
@@ -899,10 +858,7 @@ def one_line(what):
 
 
 def write_atomic(path, write, advice="run the same command again to go on"):
-    """Makes the file path by write(f), f a binary file: it is always the whole old or the whole new one.
-
-    Raises SystemExit, with the advice, if it can't be written.
-    """
+    """Makes the file path by write(f), f a binary file, or leaves the old one. SystemExit with the advice."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -926,12 +882,12 @@ def lock(folder, advice, wait=False):
     """Takes a folder's lock until unlock() or the end of this process. The folder is made.
 
     If another process has it: wait for that, or without wait SystemExit with its name and the advice.
-    Of a run's processes only the first takes the lock; twice is once.
+    Of a run's processes only the first takes the lock, unless it may wait; twice is once.
     """
     import filelock
 
     place = folder.resolve()
-    if os.environ.get("RANK", "0") != "0" or place in locks:
+    if place in locks or (os.environ.get("RANK", "0") != "0" and not wait):
         return
     file = filelock.FileLock(place / ".lock")
     holder = place / ".lock.holder"
@@ -959,6 +915,11 @@ def unlock(folder):
         file.release()
 
 
+def in_time(action):
+    """The result of action(), which may wait for ever. Raises TimeoutError after NO_ANSWER seconds."""
+    return ThreadPool(1).apply_async(action).get(NO_ANSWER)  # its thread is a daemon, left to itself
+
+
 def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
     """The result of action(), which is tried again after each pause (in seconds) on a network error.
 
@@ -969,7 +930,8 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
             return action()
         except Exception as error:
             # the hub's client changes its HTTP library now and then: requests, httpx, httpx2
-            if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
+            kinds = (OSError, multiprocessing.TimeoutError)
+            if not isinstance(error, kinds) and not type(error).__module__.startswith("http"):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", None)
             words = " ".join(f"{type(error).__name__} {error}".split())
@@ -979,20 +941,6 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
             fail(f"{what} could not be downloaded ({reason}): run the same command later to go on")
         say(f"{what}: {reason}; trying again in {pause} s")
         time.sleep(pause * float(os.environ.get("RETRY_SECONDS", "1")))
-
-
-def within(seconds, action):
-    """The result of action(), for one that may wait for ever. Raises TimeoutError."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(action())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(seconds)
 
 
 def append(path, event, **fields):
