@@ -50,7 +50,8 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 import msgspec
 import numpy as np
 import tiktoken
-import tiktoken.load
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
 
 # torch, pyarrow, huggingface_hub, tyro and tqdm are imported where they are used: a tokenizer process
 # needs none of them, and torch alone would cost each 200 MB.
@@ -58,7 +59,6 @@ import tiktoken.load
 MAGIC = [20240520, 1]  # and the version of the format
 HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000
-VOCAB_SIZE = {"gpt2": 50257, "bytes": 257}  # the last id is <|endoftext|>
 
 DATASETS = {  # name: (repository of the text on the hub, of ready-made shards, our folder)
     "fineweb": ("HuggingFaceFW/fineweb", "kjj0/fineweb10B-gpt2", "data/fineweb10B"),
@@ -133,7 +133,7 @@ def write_manifest(folder, manifest):
 
 def open_manifest(folder, tokenizer, **wanted):
     """The folder's manifest, or a new one. Raises SystemExit if shards are there that are not as wanted."""
-    wanted |= {"tokenizer": tokenizer, "vocab_size": VOCAB_SIZE[tokenizer]}
+    wanted |= {"tokenizer": tokenizer, "vocab_size": n_vocab(tokenizer)}
     manifest = read_manifest(folder) or {}
     if not manifest.get("shards") and not list(folder.glob("*.bin")):
         return {**wanted, "complete": False, "shards": []}
@@ -237,27 +237,36 @@ def read_txt(path):
 # Tokenizers
 
 
-def get_tokenizer(name, folder=None):
-    """The tiktoken.Encoding called name: "gpt2", or "bytes" (256 byte values and end-of-text).
+def n_vocab(name):
+    """The number of ids of a tokenizer, the last of which is <|endoftext|>. SystemExit if it is unknown."""
+    if re.fullmatch("gpt2(-[0-9]{3,5})?|bytes", name):
+        n = {"gpt2": 50257, "bytes": 257}.get(name) or int(name[5:])
+        if 257 <= n <= 50257:
+            return n
+    fail(f"unknown tokenizer {name!r}: choose gpt2, bytes, or gpt2-N with N from 257 to 50,257")
 
-    folder: the dataset's, which these two don't need. GPT-2's vocabulary is read from data/gpt2 if it
-    is there, else from tiktoken's cache, else downloaded. Raises SystemExit if none of these works.
+
+@functools.cache
+def get_tokenizer(name, folder=None):
+    """The tiktoken.Encoding called name, in which <|endoftext|> is the last id.
+
+    "gpt2"; "gpt2-4096", or another number: GPT-2's first merges, so many ids in all; "bytes": the 256
+    values and no merges. folder: the dataset's, which these don't need. GPT-2's vocabulary is read from
+    data/gpt2 if it is there, else from tiktoken's cache, else downloaded. SystemExit if that fails.
     """
+    n_ranks = n_vocab(name) - 1
+    special = {"<|endoftext|>": n_ranks}
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        special = {"<|endoftext|>": 256}
         anything = r"[\s\S]{1,64}"  # there are no merges, so any cut of the text will do
         return tiktoken.Encoding(name, pat_str=anything, mergeable_ranks=ranks, special_tokens=special)
-    if name not in VOCAB_SIZE:
-        fail(f"unknown tokenizer {name!r}: choose {' or '.join(VOCAB_SIZE)}")
     try:
-        if not Path("data/gpt2/vocab.bpe").exists():
-            return in_time(lambda: tiktoken.get_encoding("gpt2"))
-        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks("data/gpt2/vocab.bpe", "data/gpt2/encoder.json")
-        from tiktoken_ext.openai_public import r50k_pat_str
-
-        special = {"<|endoftext|>": 50256}
-        return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+        if Path("data/gpt2/vocab.bpe").exists():
+            ranks = data_gym_to_mergeable_bpe_ranks("data/gpt2/vocab.bpe", "data/gpt2/encoder.json")
+        else:
+            ranks = in_time(lambda: tiktoken.get_encoding("gpt2"))._mergeable_ranks
+        ranks = {token: rank for token, rank in ranks.items() if rank < n_ranks}
+        return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
     except Exception as error:  # of the network, a proxy or a file: the way out is the same
         fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): connect to the network "
              "once, set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or put vocab.bpe and "
@@ -286,15 +295,12 @@ def start_worker():
     threading.Thread(target=end_with_main, daemon=True).start()
 
 
-kept_tokenizer = functools.cache(get_tokenizer)  # made once in each process
-
-
 def tokenize(documents, new, tokenizer):
     """(all tokens, uint16; the number of tokens of each document) of what read_documents() yields.
 
     Each document is preceded by <|endoftext|>, unless new is False.
     """
-    encoding = kept_tokenizer(tokenizer)
+    encoding = get_tokenizer(tokenizer)
     parts = []
     for text in documents:
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
@@ -369,7 +375,7 @@ def write_shards(folder, manifest, source, last_shard, total, workers):
         total = min(total, manifest["val_tokens"] + last_shard * manifest["shard_tokens"])
     if any(shard.get("next") is None for shard in shards[: -1 if manifest["complete"] else None]):
         fail(f"{folder}/manifest.json doesn't say where each shard begins: choose another folder")
-    kept_tokenizer(manifest["tokenizer"])  # if this fails, then here, once, and not in every worker
+    get_tokenizer(manifest["tokenizer"])  # if this fails, then here, once, and not in every worker
     tokens_from = functools.partial(tokenized, source, manifest["tokenizer"], workers)
     with start_folder(folder, manifest, total) as bar:
         for number, shard in enumerate(list(shards)):
@@ -449,7 +455,7 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     val_tokens = min(shard_tokens, max(1024, n_bytes // 40))
     sizes = {"shard_tokens": shard_tokens, "val_tokens": val_tokens}
     manifest = open_manifest(folder, tokenizer, dataset="files", revision=None, files=files, **sizes)
-    total = n_bytes // (4 if tokenizer == "gpt2" else 1)  # of plain text; parquet is denser
+    total = n_bytes // (1 if tokenizer == "bytes" else 4)  # of plain text; parquet is denser
     source = [functools.partial(read_documents, path) for path in paths]
     write_shards(folder, manifest, source, last_shard, total, workers)
 
@@ -506,7 +512,7 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     origin, files = hub_files(folder, repo, "sample/10BT", ".parquet")
     manifest = open_manifest(folder, tokenizer, **origin, shard_tokens=shard_tokens, val_tokens=shard_tokens)
     # a byte of parquet is about two bytes of text, or a third of a GPT-2 token
-    total = sum(file.size for file in files.values()) * 2 // (6 if tokenizer == "gpt2" else 1)
+    total = sum(file.size for file in files.values()) * 2 // (1 if tokenizer == "bytes" else 6)
 
     def read(file, first_row):
         path = fetch(repo, file, origin["revision"], folder / DOWNLOADS)
@@ -560,7 +566,7 @@ def write_sample(folder=SAMPLE):
         source = [lambda row: [(row, documents[row:], True)]]
         write_shards(folder, manifest, source, last_shard=None, total=n_tokens, workers=0)
     finally:
-        unlock(folder)
+        locks.pop(folder.resolve()).release()
     say(f"wrote {n_tokens:,} bytes of English to {folder}")
 
 
@@ -772,7 +778,7 @@ class Args:
     shards: int | None = None  # stop after N training shards; None: all
     out: Path | None = None  # folder for the shards; None: data/NAME
     shard_tokens: int = SHARD_TOKENS  # tokens per shard
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # what makes tokens of the text
+    tokenizer: str = "gpt2"  # gpt2, its first merges as in gpt2-4096, or bytes
     workers: int | None = None  # tokenizer processes, 0: only this one; None: one per core
 
 
@@ -879,7 +885,7 @@ locks = {}  # {folder: its lock}, held by this process
 
 
 def lock(folder, advice, wait=False):
-    """Takes a folder's lock until unlock() or the end of this process. The folder is made.
+    """Takes a folder's lock until the end of this process, or until it is released. The folder is made.
 
     If another process has it: wait for that, or without wait SystemExit with its name and the advice.
     Of a run's processes only the first takes the lock, unless it may wait; twice is once.
@@ -903,16 +909,8 @@ def lock(folder, advice, wait=False):
             file.acquire()
         except NotImplementedError:  # some network file systems
             say(f"{folder} is on a disk without locks: take care that no other process writes to it")
-            return
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     locks[place] = file
-
-
-def unlock(folder):
-    """Gives back the lock that lock() took, if this process has it."""
-    file = locks.pop(folder.resolve(), None)
-    if file:
-        file.release()
 
 
 def in_time(action):

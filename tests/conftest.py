@@ -53,8 +53,8 @@ def run(tmp_path, monkeypatch, capsys):
         except SystemExit as error:
             print(error.code)
             status = 1
-        for folder in list(fineweb.locks):  # which the end of the process would do
-            fineweb.unlock(folder)
+        while fineweb.locks:  # which the end of the process would do
+            fineweb.locks.popitem()[1].release()
         return status, capsys.readouterr().out
 
     return run

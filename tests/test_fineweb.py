@@ -86,6 +86,30 @@ def test_gpt2_tokenizer():
     assert counts.tolist() == [3, 1]
 
 
+def test_a_prefix_of_gpt2s_merges_is_a_tokenizer():
+    try:
+        whole = fineweb.get_tokenizer("gpt2")
+    except SystemExit:
+        pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
+    prefix = fineweb.get_tokenizer("gpt2-4096")
+    text = "Hello world, naïve tokenisation of <|endoftext|>\n\n  costs nothing."
+    tokens = prefix.encode_ordinary(text)
+    assert prefix.n_vocab == 4096 and prefix.eot_token == 4095 and max(tokens) < 4095
+    assert prefix.decode(tokens) == text
+    assert len(whole.encode_ordinary(text)) < len(tokens) < len(text.encode())
+    for i in (0, 255, 256, 4094):  # the same ids mean the same bytes
+        assert prefix.decode_single_token_bytes(i) == whole.decode_single_token_bytes(i)
+    assert fineweb.get_tokenizer("gpt2-50257").encode_ordinary(text) == whole.encode_ordinary(text)
+    merges = {prefix.decode_single_token_bytes(i) for i in tokens}
+    assert all(len(token) == 1 or token in whole._mergeable_ranks for token in merges)
+
+
+@pytest.mark.parametrize("name", ["gpt2-256", "gpt2-50258", "gpt2-", "gpt3", "gpt2-4096x"])
+def test_a_tokenizer_that_there_is_not_is_one_line(name):
+    with pytest.raises(SystemExit, match=f"{name}.*gpt2.*bytes"):
+        fineweb.get_tokenizer(name)
+
+
 def test_shards_hold_the_documents_in_order(tmp_path):
     texts = documents(40)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -268,6 +292,7 @@ def test_missing_vocabulary_is_one_line(tmp_path):
 def test_a_vocabulary_that_does_not_come_is_given_up(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     never = threading.Event()
+    fineweb.get_tokenizer.cache_clear()
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: never.wait(60))
     monkeypatch.setattr(fineweb, "NO_ANSWER", 0.05)
     with pytest.raises(SystemExit, match="GPT-2.*TimeoutError"):
