@@ -798,6 +798,7 @@ def main():
     for name in without_use.keys() & given:
         for other in set(without_use[name]) & set(given):
             fail(f"--{name} and --{other} don't go together: leave one of them out")
+    n_vocab(args.tokenizer)  # SystemExit if there is no such tokenizer
     for name, least in (("shards", 1), ("shard_tokens", 1024), ("workers", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:  # the header holds an int32
@@ -915,7 +916,8 @@ def lock(folder, advice, wait=False):
 
 def in_time(action):
     """The result of action(), which may wait for ever. Raises TimeoutError after NO_ANSWER seconds."""
-    return ThreadPool(1).apply_async(action).get(NO_ANSWER)  # its thread is a daemon, left to itself
+    with ThreadPool(1) as pool:  # whose thread ends with the program
+        return pool.apply_async(action).get(NO_ANSWER)
 
 
 def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):

@@ -269,7 +269,7 @@ def test_options_that_cannot_be_are_one_line(run, tmp_path, options, message):
     (["--shard", "1"], ["--shard", "--shards"]),  # what it may mean
     (["--dataset", "c4"], ["--dataset", "c4", "fineweb-edu"]),
     (["--shards", "many"], ["--shards", "many"]),
-    (["--tokenizer", "gpt4"], ["--tokenizer", "gpt4", "bytes"]),
+    (["--tokenizer", "gpt4"], ["gpt4", "gpt2", "bytes"]),
 ])  # fmt: skip
 def test_wrong_options_are_named(tmp_path, options, facts):
     status, said = write(tmp_path, *options)

@@ -101,7 +101,7 @@ def test_faults_on_the_way_change_nothing(hub, tmp_path):
 def test_ready_made_shards(hub, tmp_path):
     status, said = fineweb_py(hub, tmp_path, "--pretokenized", "--shards", 1)
     assert status == 0, said
-    assert "\nNext: python train_gpt2.py\n" in said
+    assert "\nNext: python train_gpt2.py --data_dir data/fineweb10B " in said
     folder = tmp_path / "data/fineweb10B"
     shards = fineweb.read_manifest(folder)["shards"]
     assert [shard["tokens"] for shard in shards] == [3000, 5000]
