@@ -10,9 +10,8 @@ training scripts import it).
     python fineweb.py --verify --out DIR     # check every shard
     python fineweb.py --files a.jsonl b.txt c.parquet --out data/mine
 
-Every command can be killed at any time and run again: it goes on after the
-last finished shard, and the bytes come out the same. Nothing in the folder
-that this program didn't write is changed or removed.
+Every command can be killed and run again: it goes on after the last finished
+shard. What it didn't write is not changed. <|endoftext|> in a text splits it.
 
 A shard is a file in the format of llm.c and modded-nanogpt:
 
@@ -23,9 +22,9 @@ The first shard is for validation. manifest.json beside the shards names the
 tokenizer, the source and each shard's checksum.
 """
 import contextlib
-import errno
 import functools
 import hashlib
+import itertools
 import json
 import mmap
 import multiprocessing
@@ -34,9 +33,7 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
-import sysconfig
 import threading
 import time
 import zipfile
@@ -47,6 +44,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
+import filelock
 import msgspec
 import numpy as np
 import tiktoken
@@ -158,15 +156,14 @@ def sha256(path):
 
 def verify(folder):
     """Checks every shard against the manifest. Raises SystemExit that names the bad ones."""
-    manifest = read_manifest(folder)
-    if manifest is None or not manifest["shards"]:
-        fail(f"{folder} has no manifest.json that lists shards, so there is nothing to check against")
+    manifest = read_manifest(folder) or fail(f"{folder} has no manifest.json to check against")
     bad = []
     for shard in manifest["shards"]:
-        if not is_whole(folder, shard) or sha256(folder / shard["name"]) != shard["sha256"]:
-            bad.append(str(folder / shard["name"]))
+        path = folder / shard["name"]
+        if not is_whole(folder, shard) or sha256(path) != shard["sha256"]:
+            bad.append(str(path))
     print(f"{folder}: {len(manifest['shards']) - len(bad)} of {len(manifest['shards'])} shards are good")
-    if bad:
+    if bad or not manifest["shards"]:
         fail(f"bad or missing: remove {' '.join(bad)} and run the command that made the folder again")
 
 
@@ -175,62 +172,61 @@ def verify(folder):
 
 
 def read_documents(path, first_row=0):
-    """Yields (row, documents, new): consecutive documents of a .parquet, .jsonl or .txt file.
+    """Yields (row, documents, new): a MB of consecutive documents of a .parquet, .jsonl or .txt file.
 
     row: the number of the first of them in the file; those before first_row are left out.
     documents: a list of str. new: False if the text continues the one before, as in a .txt file, which
-    is one document, in pieces of about 1 MB. Raises SystemExit for a file that is not what it should be.
+    is read in pieces of 1 MB. Raises SystemExit for a file that is not what it should be.
     """
-    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
-    row = 0
-    for texts in readers[path.suffix](path):
-        skip = max(0, first_row - row)
-        if skip < len(texts):
-            yield row + skip, texts[skip:], row == 0 or path.suffix != ".txt"
-        row += len(texts)
+    is_txt = ".txt" in path.suffixes
+    reader = read_parquet if path.suffix == ".parquet" else read_txt if is_txt else read_jsonl
+    documents = []
+    size = 0
+    try:
+        for number, text in enumerate(itertools.chain(reader(path), [None])):
+            if text is not None and number >= first_row:
+                documents.append(text)
+                size += len(text)
+            if documents and (text is None or size >= 1 << 20):
+                row = number + (text is not None) - len(documents)
+                yield row, documents, row == 0 or not is_txt
+                documents = []
+                size = 0
+    except Exception as error:  # a damaged file can raise anything
+        fail(f"{path} can't be read ({' '.join(str(error).split())}): correct it, or leave it out")
 
 
 def read_parquet(path):
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as parquet:
-            columns = parquet.schema_arrow.names
-            if columns.count("text") != 1:
-                fail(f"{path} has no column 'text' (it has {', '.join(columns)})")
-            for batch in parquet.iter_batches(1000, columns=["text"]):
-                texts = [text or "" for text in batch.column(0).to_pylist()]
-                if not all(isinstance(text, str) for text in texts):
-                    fail(f"{path}: its column 'text' holds {batch.column(0).type}, not strings")
-                yield texts
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = str(error).split("\n")[0]
-        fail(f"{path} is no parquet file, or a damaged one ({reason}): replace it or leave it out")
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
+        for batch in parquet.iter_batches(64, columns=["text"]):
+            for text in batch.column("text").to_pylist():
+                if not isinstance(text, str | None):
+                    raise TypeError(f"the column 'text' holds {batch.column('text').type}")
+                yield text or ""
 
 
 def read_jsonl(path):
-    number = 0
-    with open(path, "rb") as f:
-        while lines := f.readlines(1 << 20):
-            texts = []
-            for line in lines:
-                number += 1
+    import fsspec
+
+    with fsspec.open(str(path.absolute()), compression="infer") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
                 try:
-                    text = json.loads(line.decode())["text"]
+                    text = json.loads(line.decode("utf-8-sig"))["text"] or ""
                     text.encode()  # not every string of JSON is text: "\ud800" is half a character
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     fail(f'{path}, line {number} is not {{"text": "…"}}: correct it or leave it out')
-                texts.append(text)
-            yield texts
+                yield text
 
 
 def read_txt(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            while lines := f.readlines(1 << 20):
-                yield ["".join(lines)]
-    except UnicodeDecodeError as error:
-        fail(f"{path} is not UTF-8 text ({error.reason} near byte {error.start:,})")
+    import fsspec
+
+    with fsspec.open(str(path.absolute()), "rt", encoding="utf-8-sig", compression="infer") as f:
+        while lines := f.readlines(1 << 20):
+            yield "".join(lines)
 
 
 # ==========================================================================
@@ -295,16 +291,26 @@ def start_worker():
     threading.Thread(target=end_with_main, daemon=True).start()
 
 
+def split(text):
+    """The text in parts, cut in runs of 50,000 blanks, which would overflow the stack of tiktoken's regex."""
+    return re.split(r"(\s{50000}(?=\s))", text) if len(text) > 50_000 else [text]
+
+
 def tokenize(documents, new, tokenizer):
     """(all tokens, uint16; the number of tokens of each document) of what read_documents() yields.
 
-    Each document is preceded by <|endoftext|>, unless new is False.
+    Each document is preceded by <|endoftext|>, unless new is False; where a text has that, a new one begins.
     """
     encoding = get_tokenizer(tokenizer)
     parts = []
     for text in documents:
-        tokens = encoding.encode_to_numpy(text, disallowed_special=())
-        parts.append(np.concatenate(([encoding.eot_token] if new else [], tokens)).astype(np.uint16))
+        pieces = [[encoding.eot_token] if new else []]
+        for number, document in enumerate(text.split("<|endoftext|>")):  # others' separators are ours
+            if number > 0 and document.strip():
+                pieces.append([encoding.eot_token])
+            if number == 0 or document.strip():
+                pieces += [encoding.encode_to_numpy(part, disallowed_special=()) for part in split(document)]
+        parts.append(np.concatenate(pieces).astype(np.uint16))
     return np.concatenate(parts), np.array([len(part) for part in parts])
 
 
@@ -447,8 +453,8 @@ def finish_shard(folder, manifest, number, parts, position):
 def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
     for path in paths:
-        if not path.is_file() or path.suffix not in (".jsonl", ".txt", ".parquet"):
-            fail(f"{path} is not a file, or not a .jsonl, .txt or .parquet file")
+        if not path.is_file() or not re.search(r"\.(parquet|(jsonl|txt)(\.gz|\.zst)?)$", path.name):
+            fail(f"{path} is not a .parquet, .jsonl or .txt file (the latter two also with .gz or .zst)")
     files = [[str(path), path.stat().st_size] for path in paths]
     n_bytes = sum(size for _, size in files)
     # about a tenth of a small text is for validation, so that something is left to train on
@@ -580,7 +586,7 @@ def sample_documents():
     left_out = {"test", "tests", "idlelib", "tkinter", "turtle.py", "turtledemo", "distutils", "lib2to3"}
     left_out |= {"ensurepip", "site.py", "site-packages", "dist-packages"}
     strings = [topics[name] for name in sorted(topics)]
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = Path(os.__file__).parent
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if parts[0].removesuffix(".py") in sys.stdlib_module_names and left_out.isdisjoint(parts):
@@ -600,8 +606,8 @@ def sample_documents():
 def is_prose(text):
     """Whether a paragraph is English sentences rather than code, a table or a heading."""
     letters = sum(c.isalpha() or c == " " for c in text)
-    long_enough = len(text) >= 80 and text.count(" ") >= 11
-    return long_enough and letters >= 0.86 * len(text) and text.isascii() and ">>>" not in text
+    is_text = text.isascii() and ">>>" not in text and letters >= 0.86 * len(text)
+    return is_text and len(text) >= 80 and text.count(" ") >= 11
 
 
 # ==========================================================================
@@ -785,8 +791,7 @@ class Args:
 def main():
     import tyro
 
-    plain = (tyro.conf.FlagCreatePairsOff,)
-    args = tyro.cli(Args, description=__doc__, use_underscores=True, config=plain)
+    args = tyro.cli(Args, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
     without_use = {
         "files": ("dataset", "pretokenized", "sample"),
         "sample": ("dataset", "pretokenized", "shards", "shard_tokens", "tokenizer"),
@@ -836,6 +841,7 @@ def main():
         fail(f"{folder} has no training shard, only the first one, for validation: give more text")
     steps = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"]) // 2**19 or 1
     options = f"--max_steps {min(steps, 19_073)} --warmup_steps {min(-(-steps * 715 // 19_073), 715)}"
+    options += f" --train_shards {len(shards)}" * (len(shards) > 101)  # 100 are the default
     options = "--tiny" if args.sample else f"--data_dir {shlex.quote(str(folder))} {options}"
     print(f"Next: python train_gpt2.py {options}")  # one epoch, at most the full run's steps
 
@@ -851,6 +857,8 @@ def fail(message):
 
 def say(message):
     """Prints a line at once, in the first of all processes only."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's hasn't
+        sys.stdout.reconfigure(errors="replace")  # letters that a terminal or its encoding lacks
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
@@ -878,8 +886,7 @@ def write_atomic(path, write, advice="run the same command again to go on"):
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        full = isinstance(error, RuntimeError) or error.errno in (None, errno.ENOSPC, errno.EDQUOT)
-        fail(f"{path} can't be written ({reason}): {'make room' if full else 'mend that'}, then {advice}")
+        fail(f"{path} can't be written ({reason}): make room, or mend that, then {advice}")
 
 
 locks = {}  # {folder: its lock}, held by this process
@@ -891,26 +898,21 @@ def lock(folder, advice, wait=False):
     If another process has it: wait for that, or without wait SystemExit with its name and the advice.
     Of a run's processes only the first takes the lock, unless it may wait; twice is once.
     """
-    import filelock
-
     place = folder.resolve()
     if place in locks or (os.environ.get("RANK", "0") != "0" and not wait):
         return
     file = filelock.FileLock(place / ".lock")
-    holder = place / ".lock.holder"
     with one_line(f"{folder} can't be written: choose a place where you may write"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             file.acquire(timeout=0)
         except filelock.Timeout:
-            name = holder.read_text() if holder.exists() else "another process"
             if not wait:
-                fail(f"{folder} is in use by {name}: {advice}")
-            say(f"{folder} is in use by {name}: waiting for it")
+                fail(f"{folder} is in use by another process: {advice}")
+            say(f"{folder} is in use by another process: waiting for it")
             file.acquire()
         except NotImplementedError:  # some network file systems
             say(f"{folder} is on a disk without locks: take care that no other process writes to it")
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     locks[place] = file
 
 
@@ -936,8 +938,7 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
             status = getattr(getattr(error, "response", None), "status_code", None)
             words = " ".join(f"{type(error).__name__} {error}".split())
             reason = f"HTTP {status}" if status else words[:120]
-            disk_full = getattr(error, "errno", None) == errno.ENOSPC
-        if pause is None or disk_full or status in (400, 401, 403, 404, 410):
+        if pause is None or status in (400, 401, 403, 404, 410):
             fail(f"{what} could not be downloaded ({reason}): run the same command later to go on")
         say(f"{what}: {reason}; trying again in {pause} s")
         time.sleep(pause * float(os.environ.get("RETRY_SECONDS", "1")))
@@ -962,8 +963,7 @@ def load_checkpoint(paths, script, fields):
         try:
             damage = zipfile.ZipFile(path).testzip()  # checks the checksums, which torch.load doesn't
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            made_by = checkpoint["script"]
-            is_ours = made_by == script and checkpoint["config"].keys() == fields.keys()
+            is_ours = checkpoint["script"] == script and checkpoint["config"].keys() == fields.keys()
         except Exception as error:  # a damaged file can raise anything
             damage = type(error).__name__
         if damage:
@@ -971,7 +971,7 @@ def load_checkpoint(paths, script, fields):
         elif is_ours:
             return checkpoint
         else:
-            fail(f"{path} was made by {made_by}.py, or a version of it with other options: use that")
+            fail(f"{path} is of {checkpoint['script']}.py, or a version of it with other options: use that")
     fail(f"{path} can't be read: give a checkpoint that is whole, or another --run_name")
 
 
