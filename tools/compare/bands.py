@@ -1,6 +1,4 @@
-"""
-The band that another run like some seeds falls into: --save_reference and --against.
-"""
+"""The band that another run like some seeds falls into: --save_reference and --against."""
 import json
 import statistics
 

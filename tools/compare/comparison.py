@@ -1,6 +1,4 @@
-"""
-How two runs differ: in their conditions, which must be equal for a verdict, and in what came out.
-"""
+"""How two runs differ: in their conditions, which must be equal for a verdict, and in what came out."""
 import dataclasses
 import json
 import statistics

@@ -1,6 +1,4 @@
-"""
-The report: leaderboard.md, a list of Markdown blocks, and its pictures.
-"""
+"""The report: leaderboard.md, a list of Markdown blocks, and its pictures."""
 import html
 import re
 import statistics
@@ -151,12 +149,11 @@ def selection_blocks(out, title, groups, others):
     return blocks + (folded(f"{title}: all of it, ranked", ranked) if against else ranked)
 
 
-def size_blocks(out, title, groups, others):
-    """(blocks on the Groups of one study and size, those at rate 1)."""
+def size_blocks(out, title, runs, others):
+    """(blocks on the runs of one study and size, the Groups at rate 1)."""
     entries = {}
-    for group in sorted(groups, key=lambda group: group.place):
-        if group.finished:
-            entries.setdefault(group.place[0], []).append(group)
+    for group in sorted(group_runs([run for run in runs if run.finished]), key=lambda group: group.place):
+        entries.setdefault(group.place[0], []).append(group)
     tuned = [tables.tuned_group(of_entry) for of_entry in entries.values()]
     at_one = [group for of_entry in entries.values() for group in of_entry if group.place[1] == 1]
     blocks = selection_blocks(out, title, at_one, others) if at_one else []
@@ -165,7 +162,7 @@ def size_blocks(out, title, groups, others):
     blocks += tables.rates_parts(entries)
     wrong = suspects([group for of_entry in entries.values() for group in of_entry])
     blocks += bullets("### Look at these runs before you believe the tables", wrong)
-    unfinished = [tables.name_cell(group) for group in groups if not group.finished]
+    unfinished = [f"{run.folder.name}: at step {run.steps}" for run in runs if not run.finished]
     return blocks + bullets("### Left out", unfinished), at_one
 
 
@@ -202,8 +199,8 @@ def study_blocks(out, study, runs, others):
     blocks = []
     sizes = []
     for size in sorted({run.study["size"] for run in runs}, key=lambda size: (size_in_numbers(size), size)):
-        groups = group_runs([run for run in runs if run.study["size"] == size])
-        more, at_one = size_blocks(out, f"{study} at {size}", groups, others)
+        of_size = [run for run in runs if run.study["size"] == size]
+        more, at_one = size_blocks(out, f"{study} at {size}", of_size, others)
         blocks += more
         sizes += [at_one] if at_one else []
     return scaling(out, study, sizes) + blocks

@@ -138,8 +138,12 @@ def read_log(path):
             starts.append(event)
         elif starts and "event" in event and isinstance(event.get("step"), int):
             event["start"] = len(starts) - 1
-            events[event["step"], str([event.get(name) for name in ("event", "task", "convention")])] = event
-    return starts, [event for _, event in sorted(events.items(), key=lambda item: item[0])]
+            key = [event.get(name) for name in ("step", "event", "task", "convention")]
+            if event["event"] == "val":  # a later --eval may be on other tokens
+                key += [starts[-1].get("data"), dict(starts[-1].get("config", {})).get("val_tokens")]
+            events.pop(str(key), None)
+            events[str(key)] = event
+    return starts, sorted(events.values(), key=lambda event: event["step"])
 
 
 def training_starts(starts, events):
@@ -178,19 +182,17 @@ def read_run(folder):
     path = folder / "log.jsonl"
     if not path.is_file():
         raise Unreadable("has no log.jsonl" if folder.exists() else "isn't there")
-    starts, events = read_log(path)
-    if not starts:
-        raise Unreadable("its log.jsonl does not say what run it is")
-    training = training_starts(starts, events)
-    facts = training[-1]  # a later --eval may have had other options or processes
     try:
+        starts, events = read_log(path)
+        training = training_starts(starts, events)
+        facts = training[-1]  # a later --eval may have had other options or processes
         check_facts(facts)
         fixed = fixed_conditions(facts)
         others = [fixed_conditions(start) for start in training]
         changed = sorted({name for other in others for name in other if other[name] != fixed.get(name)})
         scored = [(start["config"]["val_tokens"], start["data"]["fingerprint"]) for start in starts]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Unreadable(f"a run event of its log.jsonl lacks what is compared ({error})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise Unreadable(f"its log.jsonl has no run event with all that is compared ({error})") from None
     run = Run(folder, facts, facts.get("script_hash"), changed, {}, {}, {}, {}, None, 0.0, {})
     for event in events:
         start = event["start"]

@@ -1,6 +1,4 @@
-"""
-The tables of a report, as Markdown.
-"""
+"""The tables of a report, as Markdown."""
 import math
 import statistics
 

@@ -1,0 +1,632 @@
+"""The comparison of runs, on logs whose answers are known."""
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from helpers import make_entry, make_run, run_facts, score_event, table_rows, write_run
+
+from tools.compare import __main__ as program, bands, comparison, plots, report, runs as reading, tables
+
+BASE = (3.0, 3.1, 2.9)
+KEY = ("cloze", "nanogpt")
+
+
+@pytest.fixture
+def compare(monkeypatch, capsys, tmp_path):
+    """compare(*arguments) -> (exit status, what was printed); nothing is drawn."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "draw_group", lambda *given: [])
+    monkeypatch.setattr(plots, "draw_effects", lambda *given: None)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
+        try:
+            program.main()
+            status = 0
+        except SystemExit as error:
+            status = 1 if error.code else 0
+            print(error.code)
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def say(tmp_path, runs, monkeypatch, **options):
+    """The report on runs in memory, without pictures."""
+    monkeypatch.setattr(plots, "draw_group", lambda *given: [])
+    monkeypatch.setattr(plots, "draw_effects", lambda *given: None)
+    monkeypatch.setattr(plots, "draw_scaling", lambda *given: None)
+    return report.write_report(tmp_path / "report", runs, **options)
+
+
+def append(folder, *events):
+    with open(folder / "log.jsonl", "a") as log:
+        log.write("".join(json.dumps(event) + "\n" for event in events))
+
+
+# ---- logs
+
+
+def test_a_resumed_and_killed_run_has_the_last_event_of_each_step(tmp_path):
+    folder = write_run(tmp_path / "a", losses=(5.0, 4.0, 3.0))
+    whole = reading.read_run(folder)
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('\n\n{"event": "val", "step": 20, "lo\n[1, 2]\n"text"\n')  # it was killed, and went on
+    append(folder, run_facts(max_steps=20, processes=1))
+    for step in range(15, 20):
+        append(folder, {"event": "train", "step": step, "loss": 2.0, "ms": 300.0})
+    append(folder, score_event(20, 80, 400), {"event": "val", "step": 20, "loss": 2.5})
+    run = reading.read_run(folder)
+    assert list(run.train) == list(range(20)) and run.train[14]["loss"] == 3.0 and run.train[15]["loss"] == 2.0
+    assert run.val == whole.val | {20: 2.5} and run.finished and run.loss == 2.5
+    assert run.score(KEY)["acc_norm"] == 0.2 and run.score(KEY, 10)["acc_norm"] == 0.125
+    assert run.changed == [] and run.median_ms == 100.0
+    assert run.minutes[20] == pytest.approx((15 * 100 + 5 * 300) / 60_000)
+
+
+def test_events_are_in_the_order_of_their_steps(tmp_path):
+    folder = write_run(tmp_path / "a")
+    first, *others = (folder / "log.jsonl").read_text().splitlines()
+    (folder / "log.jsonl").write_text("\n".join([first, *reversed(others)]))
+    run = reading.read_run(folder)
+    assert list(run.train) == sorted(run.train) and list(run.val) == [0, 10, 20]
+
+
+def test_what_is_no_log_of_a_run_is_left_out_and_named(tmp_path, compare):
+    write_run(tmp_path / "log/good")
+    (tmp_path / "log/nothing").mkdir()
+    for name, text in (("empty", ""), ("foreign", '{"loss": 3}\n'), ("short", '{"event": "run"}\n')):
+        (tmp_path / f"log/{name}").mkdir()
+        (tmp_path / f"log/{name}/log.jsonl").write_text(text)
+    (tmp_path / "log/unvalidated").mkdir()
+    (tmp_path / "log/unvalidated/log.jsonl").write_text(json.dumps(run_facts()))
+    status, said = compare(*sorted((tmp_path / "log").iterdir()))
+    assert status == 1 and "5 runs were left out" in said
+    for name in ("nothing", "empty", "foreign", "short", "unvalidated"):
+        assert f"left out: {tmp_path}/log/{name}: " in said
+    assert table_rows(said)["1"][0] == "made_up"
+    status, said = compare(tmp_path / "nowhere")
+    assert status == 1 and "isn't there" in said and said.count("\n") == 1
+
+
+def test_an_evaluation_later_changes_neither_the_run_nor_its_hours(tmp_path):
+    folder = write_run(tmp_path / "a")
+    before = reading.read_run(folder)
+    append(folder, run_facts(max_steps=20, val_tokens=1000, facts={"processes": 8}))
+    append(folder, {"event": "val", "step": 20, "loss": 9.0})
+    append(folder, score_event(20, 1, 4) | {"task": "hellaswag", "convention": "harness"})
+    run = reading.read_run(folder)
+    assert (run.facts, run.val, run.changed) == (before.facts, before.val, [])
+    assert run.device_ms == before.device_ms
+    assert run.scores.keys() - before.scores.keys() == {("hellaswag", "harness")}
+
+
+def test_a_run_that_was_changed_midway_gets_no_verdict(tmp_path, compare):
+    for seed in (1, 2):
+        write_run(tmp_path / f"log/a{seed}", seed=seed)
+        folder = write_run(tmp_path / f"log/c{seed}", seed=seed, n_layer=3)
+        append(folder, run_facts(max_steps=20, seed=seed, n_layer=3, max_lr=0.01, facts={"processes": 8}))
+        append(folder, {"event": "train", "step": 19, "ms": 100.0, "loss": 3.0})
+        append(folder, {"event": "val", "step": 20, "loss": 2.0 + seed})
+    run = reading.read_run(folder)
+    assert run.changed == ["max_lr"] and run.train[18]["processes"] == 1 and run.train[19]["processes"] == 8
+    status, said = compare(*sorted((tmp_path / "log").iterdir()))
+    assert status == 0 and "max_lr 0.01, not 0.002" in said and "**Ranked apart**" in said
+    ours, theirs = reading.group_runs([reading.read_run(path) for path in sorted((tmp_path / "log").iterdir())])
+    (pair,) = comparison.compare([(ours, theirs)])
+    assert pair.verdict == comparison.UNEQUAL and pair.p is None
+
+
+# ---- collections
+
+PLACE = {"name": "ablations", "size": "0.8M", "entry": "gpt2-rope", "base": "gpt2", "rate": 1.0}
+
+
+def read_runs(folder, *names, steps=120, **facts):
+    """Runs with 120 training steps, with seeds 1, 2, …."""
+    found = []
+    for seed, name in enumerate(names, 1):
+        losses = [5.0 - 0.123456789 * step for step in range(steps // 10 + 1)]
+        write_run(folder / name, losses, right=40 + seed, seed=seed, **facts)
+        found.append(reading.read_run(folder / name))
+    return found
+
+
+def test_a_collection_has_all_that_is_compared(tmp_path):
+    (run,) = read_runs(tmp_path / "log", "a")
+    run.study = PLACE
+    run.machine = "0123abcd, 2 cores"
+    for step, event in run.train.items():
+        event |= {"ms": 100.123456 + step, "loss": 3.123456789, "norm": 0.000123456}
+    reading.add_to_collection(tmp_path / "kept", [run])
+    (kept,) = reading.read_collection(tmp_path / "kept")
+    assert kept.folder == tmp_path / "kept/a"
+    for name in ("facts", "script_hash", "changed", "val", "labels", "study", "machine", "median_ms", "device_ms",
+                 "bytes_per_token"):  # fmt: skip
+        assert getattr(run, name) == getattr(kept, name), name
+    assert list(kept.train) == [0, 50, 100, 119]
+    assert kept.train[50] == {"step": 50, "loss": 3.12346, "norm": 0.0001235, "ms": 150.1, "processes": 1}
+    assert kept.minutes.keys() == run.val.keys()
+    assert kept.minutes[120] == pytest.approx(run.minutes[120], abs=1e-5)
+    ours, theirs = (reading.Group("a", {1: each}) for each in (run, kept))
+    assert ours.accuracy(KEY) == theirs.accuracy(KEY) and ours.answers(KEY) == theirs.answers(KEY) != {}
+    assert theirs.answers(KEY, 0) == {}  # of the newest score alone
+    mean, half = theirs.accuracy(KEY, 0)
+    assert mean == ours.accuracy(KEY, 0)[0] and ours.accuracy(KEY, 0)[1] <= 1.01 * half
+    size = (tmp_path / "kept/runs.jsonl").stat().st_size
+    assert size < 0.3 * (tmp_path / "log/a/log.jsonl").stat().st_size
+
+
+def test_the_collections_in_results_are_read_and_written_the_same(tmp_path):
+    for file in sorted((ROOT / "results").glob("*/runs.jsonl")):
+        reading.add_to_collection(tmp_path / file.parent.name, reading.read_collection(file))
+        kept = {}
+        for path in (file, tmp_path / file.parent.name / "runs.jsonl"):
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            # the first lacked these
+            kept[path] = {each["name"]: {"machine": None} | each | {"bytes_per_token": 1.0} for each in records}
+        ours, theirs = kept.values()
+        assert ours == theirs and len(ours) > 1
+
+
+def test_a_run_that_is_added_again_takes_its_own_place(tmp_path):
+    first, second, third = read_runs(tmp_path / "log", "a", "b", "c")
+    reading.add_to_collection(tmp_path / "kept", [third, first])
+    reading.add_to_collection(tmp_path / "kept/runs.jsonl", [second])
+    written = (tmp_path / "kept/runs.jsonl").read_bytes()
+    reading.add_to_collection(tmp_path / "kept", reading.read_collection(tmp_path / "kept")[1:])
+    assert (tmp_path / "kept/runs.jsonl").read_bytes() == written
+    first.val[120] = float("nan")
+    reading.add_to_collection(tmp_path / "kept", [first])
+    kept = reading.read_collection(tmp_path / "kept")
+    assert [run.folder.name for run in kept] == ["a", "b", "c"] and math.isnan(kept[0].loss)
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["runs.jsonl"]
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    (run,) = read_runs(tmp_path / "log", "a", steps=10)
+    del run.val[10]
+    with pytest.raises(reading.Unreadable, match="log/a is at step 0 of 10"):
+        reading.add_to_collection(tmp_path / "kept", [run])
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("path, value", [
+    (["val"], None),
+    (["val", "loss"], [1.0]),
+    (["val", "loss"], ["low"] * 7),
+    (["val"], {"step": [0], "loss": [5.0]}),
+    (["val"], {"step": [], "loss": []}),
+    (["facts", "config", "max_lr"], None),
+    (["facts", "config"], 3),
+    (["train", "ms"], None),
+    (["scores", 0, "n"], None),
+    (["study"], {"name": "x"}),
+    (["nonsense"], 1),
+])  # fmt: skip
+def test_a_damaged_line_is_named_and_nothing_is_lost(path, value, tmp_path):
+    runs = read_runs(tmp_path / "log", "a", "b", "c", steps=60)
+    reading.add_to_collection(tmp_path / "kept", runs)
+    file = tmp_path / "kept/runs.jsonl"
+    lines = file.read_text().splitlines()
+    record = json.loads(lines[1])
+    *parents, last = path
+    place = record
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    if value is None:
+        del place[last]
+    lines[1] = json.dumps(record)
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(reading.Unreadable, match="runs.jsonl, line 2 is not a run of a collection"):
+        reading.read_collection(tmp_path / "kept")
+    kept, left_out = reading.read_lines(tmp_path / "kept")
+    assert [run.folder.name for run in kept] == ["a", "c"] and len(left_out) == 1
+    with pytest.raises(reading.Unreadable):
+        reading.add_to_collection(tmp_path / "kept", runs[:1])
+    assert file.read_text() == "\n".join(lines) + "\n"
+
+
+def test_of_a_collection_the_same_is_said_as_of_its_folders(tmp_path, compare):
+    folders = []
+    for seed in (1, 2, 3):
+        folders.append(write_run(tmp_path / f"log/a{seed}", (5.0, 3.0), 40 + seed, seed=seed))
+        folders.append(write_run(tmp_path / f"log/b{seed}", (5.0, 2.0 + 0.1 * seed**2), seed=seed, n_layer=2))
+    status, said = compare(*folders, "--collect", "kept")
+    assert status == 0 and "6 runs added" in said
+    said = {}
+    for name, given in (("folders", folders), ("folder", ["kept"]), ("file", ["kept/runs.jsonl"])):
+        status, _ = compare(*given, "--out", name)
+        said[name] = (tmp_path / name / "leaderboard.md").read_text()
+    assert "2.4667 ± " in said["folders"] and said["folders"] == said["folder"] == said["file"]
+    status, both = compare("kept", *folders, "--out", "both")
+    assert status == 0 and "repeats" in both and table_rows(both)["1"][-1] == "3"
+    line = (tmp_path / "kept/runs.jsonl").read_text()
+    (tmp_path / "kept/runs.jsonl").write_text(line[:-200])
+    status, cut = compare("kept")
+    assert status == 1 and "kept/runs.jsonl, line 6: " in cut
+
+
+# ---- seeds, and conditions
+
+
+def test_seeds_are_pooled_and_a_repeated_seed_is_none(tmp_path, compare):
+    for seed, (a, b) in enumerate(((3.0, 2.0), (3.1, 2.2), (3.2, 2.1))):
+        write_run(tmp_path / f"log/a{seed}", (5.0, a), seed=seed, n_layer=1, right=100)
+        write_run(tmp_path / f"log/b{seed}", (5.0, b), seed=seed, n_layer=2, right=100 + 40 * (seed == 1))
+    write_run(tmp_path / "log/again", (5.0, 9.0), seed=2, n_layer=1, run_name="again", facts={"time": -1.0})
+    status, said = compare(*sorted((tmp_path / "log").iterdir()))
+    # everywhere the half of a 95% interval: t of 2 degrees of freedom is 4.30265
+    half = f"{4.30265 * 0.1 / math.sqrt(3):.4f}"
+    made = table_rows(said)
+    assert status == 0 and made["1"][:2] == ["made_up (b0)", f"2.1000 ± {half}"]
+    assert made["2"][:2] == ["made_up (a0)", f"3.1000 ± {half}"] and made["1"][-1] == made["2"][-1] == "3"
+    pair = made["made_up (b0) – made_up (a0)"]
+    assert pair[0] == f"-1.0000 ± {half}" and pair[2] == "better" and pair[4] == "paired, 3 seeds"
+    assert float(pair[3]) == pytest.approx(0.0033, abs=1e-4)
+    # forty items were right in one seed of b and in none of a: that is one seed of three
+    assert pair[-2].startswith("+3.33 ± ") and float(pair[-1]) > 0.3
+    assert "log/again repeats" in said and "n_layer 1, not 2" in said
+
+
+def test_another_script_is_another_model(tmp_path, compare):
+    write_run(tmp_path / "a", seed=1)
+    write_run(tmp_path / "b", seed=2, facts={"script_hash": "4567"})
+    assert len(reading.group_runs([reading.read_run(tmp_path / name) for name in "ab"])) == 2
+    status, said = compare("a", "b")
+    assert status == 0 and "script 4567, not 0123" in said
+    assert table_rows(said)["made_up (a) – made_up (b)"][2] == "one seed: no verdict"
+
+
+def test_fields_that_seeds_may_differ_in_orphan_nothing(tmp_path):
+    for seed, fields in ((1, {}), (2, {"temperature": 3}), (3, {"data_dir": "elsewhere"})):
+        write_run(tmp_path / str(seed), seed=seed, **fields)
+    (group,) = reading.group_runs([reading.read_run(tmp_path / str(seed)) for seed in (1, 2, 3)])
+    assert group.seeds == {1, 2, 3}
+
+
+def test_unfair_runs_are_ranked_apart_with_the_reason(tmp_path, compare):
+    write_run(tmp_path / "log/a", n_layer=1)
+    write_run(tmp_path / "log/b", n_layer=2)
+    write_run(tmp_path / "log/shorter", losses=(5.0, 1.0))
+    write_run(tmp_path / "log/other", fingerprint="g", losses=(5.0, 4.0, 1.0))
+    write_run(tmp_path / "log/faster", max_lr=0.01, losses=(5.0, 4.0, 1.0))
+    write_run(tmp_path / "log/tuned", init_from="x.pt", losses=(5.0, 4.0, 1.0))
+    write_run(tmp_path / "log/begun", n_layer=5, losses=(5.0, 1.0), max_steps=20)
+    status, said = compare(*sorted((tmp_path / "log").iterdir()))
+    main, *apart = said.split("**Ranked apart**")
+    reasons = " ".join(apart)
+    assert status == 0 and len(apart) == 4
+    assert "made_up (a)" in main and "made_up (b)" in main and "(shorter)" not in main
+    for reason in ("max_steps 10, not 20", "data g, not f", "max_lr 0.01, not 0.002", "x.pt, not none"):
+        assert reason in reasons
+    (row,) = [line for line in main.splitlines() if "unfinished: step 10 of 20" in line]
+    assert row.startswith("| – |")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """train_fake.py, whose paper prescribes a beta2 of its own."""
+    text = "class Config:\n    beta2 = 0.95\n    max_lr = 0.002\n\nRECIPE = {'beta2': 0.99}\n"
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/train_fake.py").write_text(text)
+    (tmp_path / "scripts/train_broken.py").write_text("class Config\n")
+    monkeypatch.syspath_prepend(tmp_path / "scripts")
+    yield
+    sys.modules.pop("train_fake", None)
+
+
+def test_what_a_paper_prescribes_sets_no_run_apart_and_is_in_its_row(fake):
+    def differ(**fields):
+        ours = make_run("fake", script="train_fake", **fields)
+        return comparison.differences(comparison.conditions(ours), comparison.conditions(make_run("gpt2")))
+
+    assert differ(beta2=0.99, recipe="paper") == []
+    assert differ(beta2=0.99, recipe="shared") == ["beta2 0.99, not 0.95"]
+    assert differ(beta2=0.5, recipe="paper") == ["beta2 0.5, not 0.95"]
+    assert differ(max_lr=0.004, min_lr=0.0004, rate=2.0) == []  # as it would be at rate 1
+    assert differ(max_lr=0.004, rate=1.0) == ["max_lr 0.004, not 0.002"]
+    group = reading.Group("fake", {1: make_run("fake", script="train_fake", beta2=0.99, recipe="paper")})
+    assert "beta2 0.99" in tables.name_cell(group)
+
+
+def test_scripts_that_are_not_here_or_broken_are_compared_by_their_logs(fake, tmp_path, compare):
+    write_run(tmp_path / "a", script="train_broken", recipe="paper")
+    write_run(tmp_path / "b", script="train_gone", recipe="paper")
+    status, said = compare("a", "b")
+    assert status == 0 and {table_rows(said)[place][0] for place in "12"} == {"broken", "gone"}
+
+
+# ---- accuracies and bits per byte
+
+
+def test_accuracies_are_compared_over_the_same_items_only(tmp_path, compare):
+    write_run(tmp_path / "a", n_layer=1, right=100)
+    write_run(tmp_path / "b", n_layer=2, right=150)
+    write_run(tmp_path / "c", n_layer=3, right=250, n=1000)
+    write_run(tmp_path / "d", n_layer=4, right=150)
+    (tmp_path / "d/cloze_nanogpt.json").write_text(json.dumps({"labels": "01" * 200}))
+    status, said = compare(*"abcd")
+    assert status == 0 and "not over the same items" in said
+    made = table_rows(said)
+    pair = made["made_up (a) – made_up (b)"]
+    assert pair[-2].startswith("-12.50 ± ") and float(pair[-1]) < 1e-10
+    assert made["made_up (a) – made_up (c)"][-2:] == made["made_up (a) – made_up (d)"][-2:] == ["–", "–"]
+
+
+def test_an_accuracy_without_predictions_has_the_interval_of_equal_items(tmp_path):
+    run = reading.read_run(write_run(tmp_path / "a", right=100))
+    run.labels = {}
+    mean, half = reading.Group("a", {1: run}).accuracy(KEY)
+    assert mean == 0.25 and half == pytest.approx(1.966 * math.sqrt(0.25 * 0.75 / 400), rel=1e-3)
+
+
+@pytest.mark.parametrize("data, bits", [
+    ({"tokenizer": "bytes"}, 2 / math.log(2)),
+    ({"tokenizer": "gpt2", "bytes_per_token": 4.5}, 2 / math.log(2) / 4.5),
+    ({"tokenizer": "gpt2"}, None),
+])  # fmt: skip
+def test_bits_per_byte(data, bits, tmp_path, compare):
+    write_run(tmp_path / "a", losses=(5.0, 2.0), facts={"data": data | {"fingerprint": "f"}})
+    for given in ("a", "kept"):
+        status, said = compare(given)
+        assert status == 0 and table_rows(said)["1"][2] == ("–" if bits is None else f"{bits:.4f}")
+        compare("a", "--collect", "kept")
+
+
+# ---- studies
+
+
+def test_verdicts_of_known_differences(tmp_path, monkeypatch):
+    runs = make_entry("gpt2", BASE, base=None)
+    runs += make_entry("rope", [2.799, 2.9, 2.701], ms=125.0, facts={"flops_per_token": 1.76e6})
+    runs += make_entry("nobias", [3.05, 3.08, 2.88], facts={"active_parameters": 400_000})
+    runs += make_entry("relu2", [3.2, 3.301, 3.099])
+    runs += make_entry("alone", [3.3])
+    made = table_rows(say(tmp_path, runs, monkeypatch))
+    head = next(name for name in made if name.startswith("against"))
+    names = list(made)[list(made).index(head) + 2 :][:4]
+    assert head == "against gpt2" and names == ["alone", "relu2", "nobias", "rope"]  # worst to best
+    nats, share, verdict, p, how, _, parameters, flops, speed = made["rope"]
+    # differences -0.201, -0.2, -0.199: sd 0.001, t of 2 degrees of freedom is 4.30265
+    assert nats == f"-0.2000 ± {4.30265 * 0.001 / math.sqrt(3):.4f}" and share == "-6.67 ± 0.08"
+    assert (verdict, how, parameters, flops) == ("better", "paired, 3 seeds", "1.000", "1.100")
+    assert speed == "0.80 (0.80 to 0.80)"
+    assert made["nobias"][2] == "not significant" and made["nobias"][6] == "1.000, active 0.500"
+    assert made["relu2"][2] == "worse" and made["alone"][2:4] == ["one seed: no verdict", "–"]
+    pair = comparison.compare([tuple(reading.group_runs(runs[3:6] + runs[:3]))[::-1]])[0]
+    assert float(p) == pytest.approx(3 * pair.p, rel=0.1)  # three were tested
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(steps=400), "max_steps 400, not 200"),
+    (dict(batch_tokens=4096), "batch_tokens 4096, not 2048"),
+    (dict(block_size=128), "block_size 128, not 256"),
+    (dict(val_tokens=8192), "val_tokens 8192, not 4096"),
+    (dict(weight_decay=0.0), "weight_decay 0, not 0.1"),
+    (dict(max_lr=0.004), "max_lr 0.004, not 0.002"),
+    (dict(init_from="gpt2.pt"), "gpt2.pt, not none"),
+    (dict(facts={"torch": "2.11.0"}), "torch 2.11.0, not 2.13.0"),
+    (dict(facts={"dtype": "bfloat16 (asked for)"}), "dtype bfloat16, not float32"),
+    (dict(fingerprint="g"), "data g, not f"),
+    (dict(changed=["grad_clip"]), "grad_clip changed midway in s-0.8M-rope-x1-1"),
+])  # fmt: skip
+def test_unequal_conditions_get_no_verdict(options, words, tmp_path, monkeypatch):
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("fair", [2.799, 2.9, 2.701])
+    alone = comparison.compare([tuple(reading.group_runs(runs))])[0].p
+    runs += make_entry("rope", [2.799, 2.9, 2.701], **options)
+    said = say(tmp_path, runs, monkeypatch)
+    made = table_rows(said)
+    assert made["rope"][2:4] == ["unequal conditions: no verdict", "–"]
+    assert any(words in line for line in said.splitlines() if line.startswith("rope: "))
+    assert made["fair"][2] == "better" and float(made["fair"][3]) == pytest.approx(alone, rel=0.1)
+
+
+def test_seeds_of_one_entry_that_are_no_repetition_get_no_verdict(tmp_path, monkeypatch):
+    runs = make_entry("gpt2", BASE, base=None)
+    runs += [make_run("rope", 2.8, 1), make_run("rope", 2.9, 2, n_layer=5)]
+    runs += [make_run("nope", 2.8, 1), make_run("nope", 2.9, 2, facts={"script_hash": "45"})]
+    runs[-1].script_hash = "45"
+    said = say(tmp_path, runs, monkeypatch)
+    assert "rope: n_layer 5, not 4 in the seeds of rope." in said
+    assert "nope: script 45, not 0123 in the seeds of nope." in said
+    assert table_rows(said)["rope"][2] == table_rows(said)["nope"][2] == comparison.UNEQUAL
+
+
+def test_unfinished_and_repeated_runs_are_left_out(tmp_path, monkeypatch):
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("rope", [2.8, 2.9])
+    runs += [make_run("rope", 1.0, 3, at=150), make_run("rope", 1.0, 2, facts={"time": -1.0}, n_layer=9)]
+    said = say(tmp_path, runs, monkeypatch)
+    assert "s-0.8M-rope-x1-3: at step 150" in said.split("### Left out")[1]
+    assert "repeats" in said.split("## Left out")[-1]
+    assert table_rows(said)["rope"][0].startswith("-0.2000 ± ")
+
+
+def test_the_last_quarter_of_training_is_beside_the_validation(tmp_path, monkeypatch):
+    (run,) = make_entry("gpt2", [3.0], steps=2000)
+    for step, event in run.train.items():
+        event["loss"] = 9.0 if step < 1500 else 7.0 if step % 50 else 2.5 + (step - 1725) / 1000
+    assert run.last_quarter() == pytest.approx(2.5)  # steps 1,500, 1,550 … 1,950
+    reading.add_to_collection(tmp_path, [run])
+    assert reading.read_collection(tmp_path)[0].last_quarter() == pytest.approx(2.5)
+    del run.train[1950]
+    assert run.last_quarter() is None
+    assert make_run(steps=1800).last_quarter() is None and make_run(steps=2000).last_quarter() == 3.0
+    runs = make_entry("gpt2", BASE, steps=2000, base=None)
+    for seed, fresh in ((1, 2.9), (2, 3.0), (3, 3.1)):
+        runs.append(make_run("rope", 2.5, seed, fresh=fresh, steps=2000))
+    made = table_rows(say(tmp_path, runs, monkeypatch))
+    assert made["rope"][5] == "+0.0000 ± 0.4303"  # 4.30265 * 0.1 of differences -0.1, -0.1, 0.2
+    assert table_rows(say(tmp_path, make_entry("gpt2", BASE, base=None), monkeypatch))["1"][3] == "–"
+
+
+def test_times_of_two_machines_are_not_compared():
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("rope", [2.8, 2.9, 2.7], ms=125.0)
+    for run, machine in zip(runs, ["a", "a", "b", "b", "a", "b"], strict=True):
+        run.machine = machine
+    base, rope = reading.group_runs(runs)
+    assert comparison.speeds(rope, base) == [0.8, 0.8]  # seed 1 is left out
+    for run in runs[:3]:
+        run.machine = "c"
+    assert comparison.speeds(rope, base) == []
+
+
+def test_tuned_learning_rates(tmp_path, monkeypatch):
+    def sweep(entry, by_rate, base):
+        return [run for rate, losses in by_rate.items() for run in make_entry(entry, losses, rate=rate, base=base)]
+
+    runs = sweep("gpt2", {0.5: [3.2], 1.0: [3.0, 3.1, 2.9], 2.0: [2.8, 2.9, 2.7001], 4.0: [2.95]}, None)
+    runs += sweep("llama", {0.5: [2.7, 2.8, 2.6], 1.0: [2.72, 2.79, 2.61], 2.0: [2.5]}, "gpt2")
+    said = say(tmp_path, runs, monkeypatch)
+    rates = table_rows(said.split("### Learning rates")[1])
+    assert rates["gpt2"][:4] == ["3.2000 (1 of 3 seeds)", "3.0000", "**2.8000**", "2.9500 (1 of 3 seeds)"]
+    assert rates["gpt2"][4].startswith("-0.2000 ± ") and rates["gpt2"][4].endswith(", better")
+    assert rates["llama"][0] == "**2.7000**" and rates["llama"][4].endswith(", not significant")
+    assert "llama: the best rate is at the edge of the sweep" in said and "gpt2: the best rate" not in said
+    shared, tuned = said.split("## Study s at 0.8M, tuned lr")
+    assert table_rows(shared)["llama"][0].startswith("-0.2933 ± ")
+    assert table_rows(tuned)["llama, lr x0.5"][0].startswith("-0.1000 ± ")
+
+
+def test_runs_that_look_wrong_are_named(tmp_path, monkeypatch):
+    runs = [run for number in range(4) for run in make_entry(f"e{number}", [3.0, 3.01, 2.99], base=None)]
+    assert "Look at these" not in say(tmp_path, runs, monkeypatch)
+    runs[0].val[100] = 2.9
+    runs[3].val[200] = 3.2
+    said = say(tmp_path, runs, monkeypatch).split("### Look at these runs")[1]
+    assert "s-0.8M-e0-x1-1: its loss 3.0000 is above its lowest, 2.9000" in said
+    assert "s-0.8M-e1-x1-1: its loss is +0.1900 from" in said and said.count("\n- ") == 2
+
+
+def make_sizes(entry, b, base="gpt2"):
+    """Runs of an entry at three sizes, whose loss is 6 x^-b but for noise that adds up to nothing."""
+    found = []
+    for size, count in (("0.25M", 250_000), ("0.8M", 800_000), ("2.7M", 2_700_000)):
+        for seed, shift in ((1, 0.004), (2, -0.005), (3, 0.001)):
+            loss = 6 * count**-b * math.exp(shift)
+            facts = {"parameters": count, "flops_per_token": 2.0 * count}
+            found.append(make_run(entry, loss, seed, base, size=size, facts=facts))
+    return found
+
+
+def test_power_laws_over_the_sizes(tmp_path, monkeypatch):
+    runs = make_sizes("gpt2", 0.06, None) + make_sizes("llama", 0.08)
+    other = make_run("gpt2", 3.3, 1, None, size="124M", fingerprint="other")
+    said = say(tmp_path, [*runs, other], monkeypatch)
+    laws = table_rows(said.split("## Study s at")[0])
+    assert list(laws)[2:] == ["llama", "gpt2"]  # the steepest first
+    assert laws["llama"][0].startswith("0.0800 ± ") and laws["llama"][1] == laws["llama"][0]
+    assert float(laws["llama"][3]) == pytest.approx(6 * 124_475_904**-0.08, abs=1e-3)
+    two = [run for run in runs if run.study["size"] != "2.7M"]
+    assert "how the loss falls with size" in say(tmp_path, two, monkeypatch)
+    one = [run for run in runs if run.study["size"] == "2.7M"]
+    assert "how the loss falls with size" not in say(tmp_path, one, monkeypatch)
+
+
+def test_losses_at_equal_cost(tmp_path, monkeypatch):
+    """A model of twice the FLOPs has half of the tokens: the loss of the shorter runs that had these."""
+    wide = {"flops_per_token": 3.2e6}
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("wide", (2.9, 3.0, 2.8), ms=300.0, facts=wide)
+    shorter = make_entry("gpt2", (3.2, 3.3, 3.1), base=None, steps=100)
+    shorter += make_entry("wide", (3.1, 3.25, 3.0), steps=100, facts=wide)
+    timed = make_entry("gpt2", BASE, base=None) + make_entry("wide", (2.9, 3.0, 2.8), ms=200.0)
+    said = say(tmp_path, runs, monkeypatch, shorter=shorter, timed=timed)
+    head, row = (next(line for line in said.splitlines() if line.startswith(f"| {name} |")) for name in ("rank", 1))
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["at gpt2's FLOPs"] == cells["at gpt2's time"] == "3.1167 ± 0.3126"
+    assert "3.0000 ± 0.2484" in next(line for line in said.splitlines() if line.startswith("| 2 |"))
+    made = table_rows(said)
+    assert made["wide – gpt2"][-2:] == ["+0.1167 ± 0.0717"] * 2  # differences 0.1, 0.15, 0.1
+    far = make_entry("wide", (2.9, 3.0, 2.8), facts={"flops_per_token": 16e6})
+    budget = comparison.Budget(*[reading.group_runs(runs[:3])[0]], {}, {})
+    assert budget.losses(reading.group_runs(far)[0], "FLOPs") == {}
+
+
+def test_reports_of_the_evidence(tmp_path, compare):
+    """Differences, intervals and p-values that are known from before."""
+    status, said = compare(ROOT / "results/gpt2-rope")
+    rope = table_rows(said)["gpt2-rope"]
+    assert status == 0 and rope[:4] == ["-0.8434 ± 0.0274", "-33.85 ± 1.10", "better", "5.69e-05"]
+    status, said = compare(ROOT / "results/demo", "--only", "gpt2", "deepseek", "llama")
+    made = table_rows(said)
+    assert status == 0 and made["3"][:3] == ["gpt2", "1.7077 ± 0.0173", "2.4636"]
+    assert made["deepseek – gpt2"][0] == "-0.3366 ± 0.0004" and made["deepseek – gpt2"][2] == "better"
+    assert made["deepseek – gpt2"][-2] == "+32.10 ± 6.96"
+    status, said = compare(ROOT / "results/demo", "--only", "lama")
+    assert status == 1 and "--only lama" in said
+
+
+def test_pictures_are_drawn_and_the_report_shows_them(tmp_path, monkeypatch, capsys):
+    runs = make_sizes("gpt2", 0.06, None) + make_sizes("llama", 0.08)
+    plain = [reading.read_run(write_run(tmp_path / f"log/{seed}", seed=seed)) for seed in (1, 2)]
+    markdown = report.write_report(tmp_path / "report", runs + plain)
+    drawn = {path.name for path in (tmp_path / "report").glob("*.png")}
+    shown = {name for name in drawn if f"]({name})" in markdown}
+    assert drawn == shown and len(drawn) == markdown.count("![") == 2 + 3 * 3 + 4
+    assert {"scaling_s_parameters.png", "effects_s_at_0.8M.png", "cloze_nanogpt.png"} <= drawn
+    assert all((tmp_path / "report" / name).stat().st_size > 5000 for name in drawn)
+    assert (tmp_path / "report/leaderboard.md").read_text() == markdown
+    report.show(markdown, whole=False)
+    said = capsys.readouterr().out
+    assert "| against gpt2 |" in said and "![" not in said and "All pairs" not in said
+
+
+# ---- bands
+
+
+def test_inside_and_outside_of_a_band(tmp_path, compare):
+    for seed, last in enumerate((3.00, 3.01, 3.02)):
+        write_run(tmp_path / f"r{seed}", losses=(5.0 + 0.01 * seed, last), seed=seed)
+    assert compare("r0", "r1", "r2", "--save_reference", "out/x.jsonl")[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/x.jsonl").read_text().splitlines()]
+    assert lines[1]["loss"] == pytest.approx(3.01) and lines[1]["sd"] == pytest.approx(0.01)
+    # t of 2 degrees of freedom at 1 - 0.05 / (2 sides x 2 steps), and the spread of one more run beside three
+    assert lines[1]["high"] - 3.01 == pytest.approx(6.20535 * 0.01 * math.sqrt(4 / 3), rel=1e-5)
+    write_run(tmp_path / "mine", losses=(5.01, 3.05), seed=7)
+    status, said = compare("mine", "--against", "out/x.jsonl")
+    assert status == 0 and "inside the band at all 2 steps" in said and "other conditions" not in said
+    write_run(tmp_path / "faster", losses=(5.01, 3.01), max_lr=0.01, init_from="x.pt")
+    status, said = compare("faster", "--against", "out/x.jsonl")
+    assert status == 0 and "max_lr 0.01, not 0.002" in said and "x.pt, not none" in said
+    write_run(tmp_path / "bad", losses=(5.01, 3.2, 3.1))
+    status, said = compare("bad", "--against", "out/x.jsonl")
+    assert status == 1 and "outside the band at 1 of 2 steps" in said and "OUTSIDE" in said
+    (tmp_path / "nonsense").write_text("no")
+    assert compare("bad", "--against", "nonsense")[0] == 1
+    assert compare("r0", "--save_reference", "one.jsonl")[0] == 0
+    assert compare("mine", "--against", "one.jsonl")[0] == 1  # 1% to both sides: 3.05 is beyond 3.03
+    assert compare("r0", "bad", "--save_reference", "x.jsonl")[0] == 1
+
+
+def test_the_band_in_results_is_that_of_the_runs_there():
+    runs, left_out = reading.read_all([ROOT / "results/demo", ROOT / "results/band"])
+    gpt2 = [run for run in runs if run.architecture == "gpt2"]
+    known, _ = bands.read_reference(ROOT / "results/gpt2-tiny.jsonl")
+    made = bands.reference_lines([run.val for run in gpt2])
+    assert not left_out and len(gpt2) == 8
+    for line in made:
+        for name in ("loss", "sd", "low", "high"):
+            assert line[name] == pytest.approx(known[line["step"]][name])
+
+
+def test_groups_do_not_depend_on_the_order_of_the_runs():
+    runs = [make_run(f"e{i}", rng_loss, i % 3, max_lr=0.002 * (1 + i % 2)) for i, rng_loss in enumerate(np.ones(9))]
+    wanted = None
+    for _ in range(5):
+        np.random.default_rng(0).shuffle(runs)
+        found = comparison.fair_groups(reading.group_runs(runs))
+        names = [sorted(group.name for group in groups) for groups, _ in found]
+        assert wanted in (None, names)
+        wanted = names
+
+
+@pytest.mark.skipif(not shutil.which("diff"), reason="counts lines by the program diff")
+def test_the_table_of_the_scripts(compare):
+    status, said = compare("--table", "scripts")
+    made = table_rows(said)
+    assert status == 0 and "[`train_gpt2.py`](train_gpt2.py)" in made and len(made) >= 9
