@@ -293,8 +293,8 @@ def write_run(folder, losses=(5.0, 4.0, 3.0), right=50, n=400, **facts):
     return folder
 
 
-def make_run(entry="mine", loss=3.0, seed=1, base="gpt2", rate=1.0, study="s", size="0.8M", steps=200, at=None,
-             ms=100.0, fresh=None, changed=(), **facts):  # fmt: skip
+def make_run(entry="mine", loss=3.0, seed=1, base="gpt2", rate=1.0, study="s", size="0.8M", steps=200,
+             at=None, ms=100.0, fresh=None, changed=(), **facts):  # fmt: skip
     """A run of a study, without files. fresh: its training loss; at: the step that it has come to."""
     from tools.compare.runs import Run
 

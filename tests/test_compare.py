@@ -61,7 +61,8 @@ def test_a_resumed_and_killed_run_has_the_last_event_of_each_step(tmp_path):
         append(folder, {"event": "train", "step": step, "loss": 2.0, "ms": 300.0})
     append(folder, score_event(20, 80, 400), {"event": "val", "step": 20, "loss": 2.5})
     run = reading.read_run(folder)
-    assert list(run.train) == list(range(20)) and run.train[14]["loss"] == 3.0 and run.train[15]["loss"] == 2.0
+    assert list(run.train) == list(range(20))
+    assert run.train[14]["loss"] == 3.0 and run.train[15]["loss"] == 2.0
     assert run.val == whole.val | {20: 2.5} and run.finished and run.loss == 2.5
     assert run.score(KEY)["acc_norm"] == 0.2 and run.score(KEY, 10)["acc_norm"] == 0.125
     assert run.changed == [] and run.median_ms == 100.0
@@ -116,7 +117,8 @@ def test_a_run_that_was_changed_midway_gets_no_verdict(tmp_path, compare):
     assert run.changed == ["max_lr"] and run.train[18]["processes"] == 1 and run.train[19]["processes"] == 8
     status, said = compare(*sorted((tmp_path / "log").iterdir()))
     assert status == 0 and "max_lr 0.01, not 0.002" in said and "**Ranked apart**" in said
-    ours, theirs = reading.group_runs([reading.read_run(path) for path in sorted((tmp_path / "log").iterdir())])
+    runs, _ = reading.read_all((tmp_path / "log").iterdir())
+    ours, theirs = reading.group_runs(runs)
     (pair,) = comparison.compare([(ours, theirs)])
     assert pair.verdict == comparison.UNEQUAL and pair.p is None
 
@@ -145,8 +147,8 @@ def test_a_collection_has_all_that_is_compared(tmp_path):
     reading.add_to_collection(tmp_path / "kept", [run])
     (kept,) = reading.read_collection(tmp_path / "kept")
     assert kept.folder == tmp_path / "kept/a"
-    for name in ("facts", "script_hash", "changed", "val", "labels", "study", "machine", "median_ms", "device_ms",
-                 "bytes_per_token"):  # fmt: skip
+    for name in ("facts", "script_hash", "changed", "val", "labels", "study", "machine", "median_ms",
+                 "device_ms", "bytes_per_token"):  # fmt: skip
         assert getattr(run, name) == getattr(kept, name), name
     assert list(kept.train) == [0, 50, 100, 119]
     assert kept.train[50] == {"step": 50, "loss": 3.12346, "norm": 0.0001235, "ms": 150.1, "processes": 1}
@@ -167,8 +169,9 @@ def test_the_collections_in_results_are_read_and_written_the_same(tmp_path):
         kept = {}
         for path in (file, tmp_path / file.parent.name / "runs.jsonl"):
             records = [json.loads(line) for line in path.read_text().splitlines()]
-            # the first lacked these
-            kept[path] = {each["name"]: {"machine": None} | each | {"bytes_per_token": 1.0} for each in records}
+            kept[path] = {}
+            for each in records:  # the first lacked these
+                kept[path][each["name"]] = {"machine": None} | each | {"bytes_per_token": 1.0}
         ours, theirs = kept.values()
         assert ours == theirs and len(ours) > 1
 
@@ -478,7 +481,8 @@ def test_times_of_two_machines_are_not_compared():
 
 def test_tuned_learning_rates(tmp_path, monkeypatch):
     def sweep(entry, by_rate, base):
-        return [run for rate, losses in by_rate.items() for run in make_entry(entry, losses, rate=rate, base=base)]
+        found = [make_entry(entry, losses, rate=rate, base=base) for rate, losses in by_rate.items()]
+        return sum(found, [])
 
     runs = sweep("gpt2", {0.5: [3.2], 1.0: [3.0, 3.1, 2.9], 2.0: [2.8, 2.9, 2.7001], 4.0: [2.95]}, None)
     runs += sweep("llama", {0.5: [2.7, 2.8, 2.6], 1.0: [2.72, 2.79, 2.61], 2.0: [2.5]}, "gpt2")
@@ -536,7 +540,8 @@ def test_losses_at_equal_cost(tmp_path, monkeypatch):
     shorter += make_entry("wide", (3.1, 3.25, 3.0), steps=100, facts=wide)
     timed = make_entry("gpt2", BASE, base=None) + make_entry("wide", (2.9, 3.0, 2.8), ms=200.0)
     said = say(tmp_path, runs, monkeypatch, shorter=shorter, timed=timed)
-    head, row = (next(line for line in said.splitlines() if line.startswith(f"| {name} |")) for name in ("rank", 1))
+    lines = said.splitlines()
+    head, row = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("rank", 1))
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
     assert cells["at gpt2's FLOPs"] == cells["at gpt2's time"] == "3.1167 ± 0.3126"
     assert "3.0000 ± 0.2484" in next(line for line in said.splitlines() if line.startswith("| 2 |"))
@@ -615,10 +620,11 @@ def test_the_band_in_results_is_that_of_the_runs_there():
 
 
 def test_groups_do_not_depend_on_the_order_of_the_runs():
-    runs = [make_run(f"e{i}", rng_loss, i % 3, max_lr=0.002 * (1 + i % 2)) for i, rng_loss in enumerate(np.ones(9))]
+    runs = [make_run(f"e{number}", 1.0, number % 3, max_lr=0.002 * (1 + number % 2)) for number in range(9)]
+    rng = np.random.default_rng(0)
     wanted = None
     for _ in range(5):
-        np.random.default_rng(0).shuffle(runs)
+        rng.shuffle(runs)
         found = comparison.fair_groups(reading.group_runs(runs))
         names = [sorted(group.name for group in groups) for groups, _ in found]
         assert wanted in (None, names)

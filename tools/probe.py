@@ -6,8 +6,7 @@ What is behind a model's loss? Its newest checkpoint on the validation text.
     python -m tools.probe context log/llama-1 log/rwkv-1     # with less text
     python -m tools.probe ngrams --data_dir data/bytes       # of a table
 
-A run is loaded by the copy of its script in its folder. ± is half of a 95%
-interval, over windows, or over seeds and documents.
+A run is loaded by its folder's copy of its script. ± is half of a 95% interval.
 """
 import dataclasses
 import json
@@ -52,9 +51,7 @@ class Position:
 
 @dataclasses.dataclass
 class Context(Position):
-    """What is lost with less text: the loss of the second half of each window with at most 2, 4, 8 … tokens
-    to go by, minus that with all of them.
-    """
+    """What is lost in the second half of each window with at most 2, 4, 8 … tokens to go by."""
 
 
 @dataclasses.dataclass
@@ -109,7 +106,7 @@ def losses(model, rows):
     """The loss of each target of windows (n, T + 1), in nats: (n, T) float64."""
     found = []
     for part in rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])):
-        part = part.to(model.wte.weight.device)
+        part = part.to(next(model.parameters()).device)
         logits, _ = model(part[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none")
         found.append(loss.reshape(len(part), -1).double().cpu())
@@ -117,7 +114,6 @@ def losses(model, rows):
 
 
 def mean_and_half(values):
-    """[the mean of one value a window, half of its 95% interval]."""
     return [float(values.mean()), stats.half_interval(values)]
 
 
@@ -191,8 +187,8 @@ def score(folder, most):
     print(f"{folder}: {sums.sum() / counts.sum():.4f}", flush=True)
     run = {"run": folder.name, "seed": config.seed, "step": checkpoint["step"]}
     run["losses"] = [round(float(loss), 5) for loss in sums / counts]
-    facts = {"data": checkpoint["data"]["fingerprint"], "block_size": config.block_size}
-    return facts | {"documents": [{"tokens": int(n)} for n in counts], "runs": [run]}
+    found = {"data": checkpoint["data"]["fingerprint"], "block_size": config.block_size, "runs": [run]}
+    return found | {"documents": [{"tokens": int(n)} for n in counts]}
 
 
 def read_scores(path):
@@ -210,7 +206,8 @@ def together(all_scores):
     runs = {run["run"]: run for scores in all_scores for run in scores["runs"]}
     texts = []
     for each in all_scores:
-        texts.append((each["data"], each["block_size"], [document["tokens"] for document in each["documents"]]))
+        lengths = [document["tokens"] for document in each["documents"]]
+        texts.append((each["data"], each["block_size"], lengths))
     if texts.count(texts[0]) < len(texts):
         fail("these runs were not scored on the same documents: give all the same data and --tokens")
     return all_scores[0] | {"runs": list(runs.values())}
@@ -346,7 +343,7 @@ def main():
     elif isinstance(args, Ngrams):
         probe_ngrams(args)
     else:
-        probe_windows(args, by_position if isinstance(args, Position) else by_context)
+        probe_windows(args, by_context if isinstance(args, Context) else by_position)
 
 
 if __name__ == "__main__":

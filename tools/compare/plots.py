@@ -120,11 +120,11 @@ def draw_effects(path, title, against):
     pyplot().close(figure)
 
 
-def draw_scaling(path, title, xlabel, curves, ticks=None):
+def draw_scaling(path, title, xlabel, curves):
     """Writes one PNG of losses against size on two logarithmic axes, with 95% intervals as bars and bands.
 
-    curves: {name: [(x, mean loss, half of its interval's width, 0 with one seed)]}, x rising. ticks: names of
-    places on the x axis, {x: name}. A point of one seed has no bar, and no band reaches it.
+    curves: {name: [(x, mean loss, half of its interval's width, 0 with one seed)]}, x rising. A point of one
+    seed has no bar, and no band reaches it.
     """
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -142,9 +142,6 @@ def draw_scaling(path, title, xlabel, curves, ticks=None):
     axis.yaxis.set_major_locator(MaxNLocator(nbins=7))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
-    if ticks:
-        axis.minorticks_off()
-        axis.set_xticks(list(ticks), list(ticks.values()))
     finish(figure, axis, path, curves)
 
 

@@ -14,10 +14,10 @@ FAR = 5  # robust standard deviations from the median of the seeds
 LEAST_PAIRS = 3  # of seeds, for a standard deviation
 
 HOW_TO_READ = """\
-Losses are in nats per token. ± is half of a 95% confidence interval's width: of losses over the seeds, of a \
-difference over the seeds that both have, in pairs (else Welch's), of accuracies over seeds and items. p-values \
-are corrected for the number of comparisons with one base, or of pairs (Holm), and verdicts go by them, at \
-5%. "Not significant" doesn't mean equal: three seeds find only large differences.
+Losses are in nats per token. ± is half of a 95% confidence interval's width: of losses over the seeds, of \
+a difference over the seeds that both have, in pairs (else Welch's), of accuracies over seeds and items. \
+p-values are corrected for the number of comparisons with one base, or of pairs (Holm), and verdicts go by \
+them, at 5%. "Not significant" doesn't mean equal: three seeds find only large differences.
 
 "Last quarter of training" is the same by the training losses of one in fifty batches, each scored before \
 the model learned from it: less precise, and not quite of the end, but of text from all over the data. Where \

@@ -193,7 +193,7 @@ def rates_parts(entries):
         return []
     head = ["learning rate", *[f"x{rate:g}" for rate in rates], "best minus x1", "seeds"]
     tested = sum(pair.p is not None for pair in compared.values())
-    text = ("Mean validation loss by learning rate, as a multiple of the size's shared one; the best in bold. "
+    text = ("Mean validation loss by multiple of the size's shared learning rate, the best in bold. "
             f"Verdicts are corrected for {tested} comparisons with x1.")  # fmt: skip
     return ["### Learning rates", text, table(head, rows), *lines]
 
