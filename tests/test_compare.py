@@ -518,6 +518,16 @@ def make_sizes(entry, b, base="gpt2"):
     return found
 
 
+def test_a_diverged_run_is_ranked_last_and_gets_no_verdict(tmp_path):
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("rope", [2.799, 2.9, 2.701])
+    runs += make_entry("bad", [3.0, math.nan, 2.9]) + make_entry("worst", [math.nan], base="bad")
+    said = report.write_report(tmp_path / "report", runs)
+    made = table_rows(said)
+    assert made["rope"][2] == "better" and made["bad"][2] == "diverged: no verdict"
+    assert [made[place][0] for place in "12"] == ["rope", "gpt2"] and "s-0.8M-bad-x1-2" in said
+    assert len(list((tmp_path / "report").glob("*.png"))) == 3
+
+
 def test_power_laws_over_the_sizes(tmp_path, monkeypatch):
     runs = make_sizes("gpt2", 0.06, None) + make_sizes("llama", 0.08)
     other = make_run("gpt2", 3.3, 1, None, size="124M", fingerprint="other")

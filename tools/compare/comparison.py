@@ -12,7 +12,6 @@ FARTHEST = 1.5  # times the tokens of its runs that a loss may be read off beyon
 BETTER = "better"
 WORSE = "worse"
 NOT_SIGNIFICANT = "not significant"
-ONE_SEED = "one seed: no verdict"
 UNEQUAL = "unequal conditions: no verdict"
 
 
@@ -105,7 +104,7 @@ def unequal_conditions(a, b):
 
 def rank(group):
     """Sorts groups: the finished ones first, by loss."""
-    return not group.finished, group.mean(), group.name
+    return not group.finished, group.mean() != group.mean(), group.mean(), group.name  # nan last
 
 
 def fair_groups(groups):
@@ -143,7 +142,7 @@ class Comparison:
         if self.unequal:
             return UNEQUAL
         if self.p is None:
-            return ONE_SEED
+            return f"{self.loss.how}: no verdict"  # one seed, or diverged
         if self.p >= stats.LEVEL:
             return NOT_SIGNIFICANT
         return BETTER if self.loss.difference < 0 else WORSE

@@ -55,9 +55,9 @@ def draw_curves(path, title, xlabel, ylabel, curves, unfinished=()):
         axis.fill_between(x, y - halves, y + halves, color=colour, alpha=0.12, lw=0)
         banded |= bool(halves.any())
     # the first tenth, where all fall alike, would take up most of the picture
-    late = [y for points in curves.values() for x, y, _ in points if 10 * x >= points[-1][0]]
-    room = 0.1 * (max(late) - min(late)) or 0.1
-    axis.set_ylim(min(late) - room, max(late) + room)
+    late = [y for points in curves.values() for x, y, _ in points if 10 * x >= points[-1][0] and y < math.inf]
+    room = 0.1 * (max(late, default=1) - min(late, default=0)) or 0.1
+    axis.set_ylim(min(late, default=0) - room, max(late, default=1) + room)
     axis.set(title=title + (", with 95% intervals" if banded else ""), xlabel=xlabel, ylabel=ylabel)
     finish(figure, axis, path, curves)
 
@@ -80,7 +80,7 @@ def draw_effects_panel(axis, pairs):
     """One base's Comparisons, the first on top; one that would squeeze the others is an arrow at the edge."""
     axis.axvline(0, color="black", lw=0.8)
     reaches = [abs(pair.loss.difference) + (pair.loss.half or 0) for pair in pairs]
-    end = max(reach for reach in reaches if reach <= FAR * statistics.median(reaches))
+    end = max((reach for reach in reaches if reach <= FAR * statistics.median(reaches)), default=0)
     for place, pair in enumerate(pairs):
         colour, marker = VERDICT_STYLES.get(pair.verdict, NO_VERDICT)
         difference, half = pair.loss.difference, pair.loss.half
@@ -106,6 +106,7 @@ def draw_effects(path, title, against):
 
     against: a list of Comparisons for each base. Better is blue, worse red, what is not significant grey.
     """
+    against = [[pair for pair in pairs if pair.loss.how != "diverged"] or pairs for pairs in against]
     heights = [len(pairs) + 1.5 for pairs in against]
     size = (6.4, 1.0 + 0.3 * sum(heights))
     figure, axes = pyplot().subplots(

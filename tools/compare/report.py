@@ -209,6 +209,7 @@ def study_blocks(out, study, runs, others):
 # ----------------------------------------------------------------------------------------------------------
 # The report
 
+
 def write_report(out, runs, left_out=(), chosen=(), shorter=(), timed=()):
     """Writes the tables and pictures on Runs into a folder; returns the Markdown.
 

@@ -102,6 +102,8 @@ def compare_losses(a, b):
     """The Estimate for two {seed: loss}."""
     seeds_a, seeds_b, of_seeds, how = over_seeds(a, b)
     difference = statistics.mean(a[seed] for seed in seeds_a) - statistics.mean(b[seed] for seed in seeds_b)
+    if not math.isfinite(difference):
+        return Estimate(difference, how="diverged")
     return estimate(difference, [of_seeds], how) if of_seeds else Estimate(difference, how=how)
 
 
