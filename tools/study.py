@@ -551,6 +551,9 @@ def main():
     if args.dry:
         show_commands(jobs, args)
         return
+    for job in jobs:
+        if job.state == "to come":  # data that are not there fail before anything starts
+            fineweb.open_dataset(job.config.data_dir, job.config.vocab_size, job.config.train_shards)
     stopped = False
     if any(job.state == "to come" for job in jobs):
         screen = progress.Screen(jobs, args.jobs)
