@@ -1,6 +1,8 @@
 """What the tests of the models share: a model to test, closeness, gradients, comparisons with references."""
 import copy
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,3 +245,80 @@ def assert_real_size(name, script, parameters, flops):
 def assert_saves_parameters_alone(model):
     """A checkpoint holds nothing that can be made again, such as tables."""
     assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+
+
+# ==========================================================================
+# Runs that were never trained, whose answers are known
+
+RUN_CONFIG = {
+    "n_layer": 4, "vocab_size": 257, "block_size": 256, "batch_tokens": 2048, "seed": 1, "max_steps": 20,
+    "warmup_steps": 10, "max_lr": 0.002, "min_lr": 0.0002, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+    "adam_eps": 1e-8, "grad_clip": 1.0, "recipe": "shared", "data_dir": "data/x", "train_shards": 100,
+    "val_tokens": 4096, "run_name": "", "init_from": "",
+}  # fmt: skip
+
+
+def run_facts(script="train_made_up", fingerprint="f", facts=None, **fields):
+    """A run event; facts: more of it, fields: of its config."""
+    data = {"dataset": "d", "tokenizer": "bytes", "vocab_size": 257, "fingerprint": fingerprint}
+    event = {
+        "event": "run", "script": script, "script_hash": "0123", "processes": 1, "parameters": 800_000,
+        "active_parameters": 800_000, "flops_per_token": 1.6e6, "device": "cpu", "torch": "2.13.0",
+        "dtype": "float32", "data": data, "config": RUN_CONFIG | fields,
+    }  # fmt: skip
+    return event | (facts or {})
+
+
+def score_event(step, right, n):
+    """A score event by which the first `right` of n items, all with the answer 0, were answered right."""
+    predictions = "0" * right + "1" * (n - right)
+    return {"event": "score", "step": step, "task": "cloze", "convention": "nanogpt", "n": n,
+            "acc_norm": right / n, "predictions_norm": predictions}  # fmt: skip
+
+
+def write_run(folder, losses=(5.0, 4.0, 3.0), right=50, n=400, **facts):
+    """A run's folder: validated at steps 0, 10, 20 …; the first `right` of its n items were answered right.
+
+    facts: of its run event, see run_facts().
+    """
+    folder.mkdir(parents=True)
+    last = 10 * (len(losses) - 1)
+    events = [run_facts(**{"max_steps": last} | facts)]
+    for step in range(last):
+        events.append({"event": "train", "step": step, "loss": 3.0, "norm": 1.0, "ms": 100.0})
+    for at, loss in enumerate(losses):
+        events += [{"event": "val", "step": 10 * at, "loss": loss}, score_event(10 * at, right, n)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "cloze_nanogpt.json").write_text(json.dumps({"labels": "0" * n}))
+    return folder
+
+
+def make_run(entry="mine", loss=3.0, seed=1, base="gpt2", rate=1.0, study="s", size="0.8M", steps=200,
+             at=None, ms=100.0, fresh=None, changed=(), **facts):  # fmt: skip
+    """A run of a study, without files. fresh: its training loss; at: the step that it has come to."""
+    from tools.compare.runs import Run
+
+    found = run_facts(max_steps=steps, seed=seed, **{"max_lr": 0.002 * rate, "min_lr": 0.0002 * rate} | facts)
+    train = {}
+    for step in range(0, steps, 10):
+        train[step] = {"step": step, "loss": loss if fresh is None else fresh, "ms": ms, "processes": 1}
+    at = steps if at is None else at
+    folder = Path(f"log/{study}-{size}-{entry}-x{rate:g}-{seed}")
+    place = {"name": study, "size": size, "entry": entry, "base": base, "rate": rate}
+    return Run(folder, found, found["script_hash"], list(changed), train, {0: 5.5, at: loss}, {}, {}, ms,
+               ms * steps, {}, place)  # fmt: skip
+
+
+def make_entry(entry, losses, **options):
+    """Runs of an entry with the seeds 1, 2, 3 …"""
+    return [make_run(entry, loss, seed, **options) for seed, loss in enumerate(losses, 1)]
+
+
+def table_rows(text):
+    """{first cell: the other cells} of all Markdown tables in a text, of a name's rows the first."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            _, name, *cells, _ = line.split("|")
+            found.setdefault(name.strip(), [cell.strip() for cell in cells])
+    return found

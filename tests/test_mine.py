@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from tools import bench, export, runs, sync, table
+from tools import bench, export, sync
+from tools.compare import runs
 
 SHORT = [
     "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4",
@@ -60,13 +61,6 @@ def test_sync_still_repairs_the_others(mine, monkeypatch, capsys):
     assert "train_llama.py: copied" in capsys.readouterr().out
 
 
-def test_the_readmes_tables_have_the_seven(mine):
-    """tools.table takes its rows from siblings()."""
-    assert table.siblings is sync.siblings
-    assert [path.name for path in sync.others()] == ["train_mine.py"]
-    assert {path.name for path in sync.siblings()} == {*sync.SCRIPTS.values()} - {"train_gpt2.py"}
-
-
 def test_it_trains_and_its_run_is_exported_and_compared(mine, monkeypatch, capsys, small_sample):
     """Its weights would fit GPT-2's class, which would compute something else with them."""
     from safetensors.torch import load_file
@@ -91,7 +85,7 @@ def test_it_trains_and_its_run_is_exported_and_compared(mine, monkeypatch, capsy
 
     call(monkeypatch, importlib.import_module("train_gpt2"), *options)
     both = [runs.read_run(f"log/{name}-tiny") for name in ("mine", "gpt2")]
-    assert [pool.name for pool in runs.pool_runs(both)] == ["gpt2", "mine"]
+    assert [pool.name for pool in runs.group_runs(both)] == ["gpt2", "mine"]
 
 
 def test_a_script_that_has_gone_or_broken_is_one_line(mine, monkeypatch, small_sample):

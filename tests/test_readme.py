@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT
 
 import fineweb
-from tools import table
 
 README = (ROOT / "README.md").read_text()
 EVIDENCE = (ROOT / "results/README.md").read_text()
@@ -96,12 +95,6 @@ def test_there_are_commands_of_both_files():
 
 def test_no_placeholder_is_left():
     assert not re.search(r"\b(TODO|FIXME|XXX|[A-Z]+_(OUTPUT|LOSS|CLOZE|FIGURES|VERSIONS))\b", README)
-
-
-@pytest.mark.parametrize("name", table.TABLES)
-def test_the_tables_are_what_the_tool_makes(name):
-    first, last = table.marks(name)
-    assert first + table.TABLES[name]() + last in README, "run `python -m tools.table --write`"
 
 
 def relative_links(path):

@@ -18,7 +18,8 @@ from conftest import ROOT
 import fineweb
 import train_gpt2
 import train_llama
-from tools import collection, plan, progress, runs, study, vary
+from tools import plan, progress, study, vary
+from tools.compare import runs
 
 # ==========================================================================
 # The files that are here
@@ -257,7 +258,7 @@ def fake(tmp_path, monkeypatch, small_sample):
 
 def results(collect="report/st"):
     """{run: validation losses} of a collection."""
-    return {run.folder.name: run.val for run in collection.read(collect)}
+    return {run.folder.name: run.val for run in runs.read_collection(collect)}
 
 
 def test_a_study_from_start_to_end(fake, run, monkeypatch):
@@ -269,7 +270,7 @@ def test_a_study_from_start_to_end(fake, run, monkeypatch):
     ]  # fmt: skip
     assert "0.25M    seed 1   seed 2\none  " in said
     assert said.endswith("Next: python -m tools.compare report/st\n")
-    kept = collection.read("report/st")
+    kept = runs.read_collection("report/st")
     assert [run.study for run in kept[::2]] == [
         {"name": "st", "size": "0.25M", "entry": "one", "base": None, "rate": 1.0},
         {"name": "st", "size": "0.25M", "entry": "two", "base": "one", "rate": 1.0},
@@ -303,16 +304,6 @@ def test_more_seeds_and_chosen_runs(fake, run, monkeypatch):
     assert {name: max(val) for name, val in results().items()} == {"st-0.25M-two-5": 4, "st-0.25M-two-6": 4}
     first = Path("report/st/out/st-0.25M-two-5.txt").read_text()
     assert first.startswith("$ OMP_NUM_THREADS=")
-
-
-def test_a_validation_of_few_documents_is_said(fake, run, monkeypatch):
-    line = "data/sample: runs are validated on 256 tokens of 1 document, the longest 100.0% of them. A few "
-    for found in (True, False):
-        status, said = run(study, "st.toml", "--seeds", "1" if found else "2")
-        assert status == 0 and said.count(line) == found, said
-        monkeypatch.setattr(study.documents, "FEW", 0)
-        monkeypatch.setattr(study.documents, "LONG", 1.0)
-    assert run(study, "st.toml", "--seeds", "3", "--dry")[1].count(line) == 0
 
 
 def test_a_chosen_run_without_its_base_is_said(fake, run):
@@ -390,8 +381,8 @@ def test_equal_runs_of_another_study_are_taken_from_it(fake, run, monkeypatch):
     assert said.count("python train_fake.py") == 3 and not Path("report/other").exists()
     status, said = run(study, "other.toml", "--seeds", "2", "3", "--reuse", "report/st")
     assert status == 0 and said.count("started ") == 3 and "started   other-0.25M-first-2" not in said
-    theirs = {kept.folder.name: kept for kept in collection.read("report/st")}["st-0.25M-one-2"]
-    others = {kept.folder.name: kept for kept in collection.read("report/other")}
+    theirs = {kept.folder.name: kept for kept in runs.read_collection("report/st")}["st-0.25M-one-2"]
+    others = {kept.folder.name: kept for kept in runs.read_collection("report/other")}
     ours = others["other-0.25M-first-2"]
     assert [ours.machine, theirs.machine] == [here, here]
     assert others["other-0.25M-first-3"].machine == "another"
@@ -634,7 +625,7 @@ def test_real_runs_of_two_processes_end_as_those_of_one(run, tmp_path, small_sam
     assert 3 < saved < 150
     _, status = os.waitpid(fork(*options, "--nproc_per_node", "2", "--collect", "two"), 0)
     assert os.waitstatus_to_exitcode(status) == 0, Path("said.txt").read_text()
-    starts = runs.read_log(Path("log") / name / "log.jsonl").training()
+    starts = runs.training_starts(*runs.read_log(Path("log") / name / "log.jsonl"))
     assert [start["processes"] for start in starts] == [2, 2]
     Path("log").rename("log-of-two")
     _, status = os.waitpid(fork(*options, "--collect", "one"), 0)

@@ -31,7 +31,9 @@ import torch
 
 import fineweb
 import hellaswag
-from tools import runs, weights
+from tools import weights
+from tools.common import script_hash as hash_of
+from tools.compare import runs
 from tools.models import count_parameters
 from tools.sync import sections
 
@@ -70,8 +72,8 @@ def import_script(name, folder):
     except ModuleNotFoundError as missing:
         if missing.name != name:
             raise
-        copy = runs.find_copy(folder, name, None)
-        advice = f"copy {copy} to {name}.py" if copy else "put it back"
+        copy = folder / f"{name}.py"
+        advice = f"copy {copy} to {name}.py" if copy.exists() else "put it back"
         fineweb.fail(f"{folder} was made by {name}.py, which is not here: {advice}")
     except Exception as error:  # it is a user's own, perhaps just being edited
         fineweb.fail(f"{name}.py can't be imported ({type(error).__name__}: {error})")
@@ -114,12 +116,12 @@ def load_model(script, config, checkpoint, device):
 
 
 def read_log(folder):
-    """(the runs.Log of a run, None), or (None, why it can't be read)."""
+    """(the runs.Run in a folder, None), or (None, why it can't be read)."""
     path = folder / "log.jsonl"
     if not path.is_file():
         return None, "its log.jsonl is not there"
     try:
-        return runs.read_log(path), None
+        return runs.read_run(folder), None
     except (OSError, runs.Unreadable) as reason:
         return None, str(reason)
 
@@ -149,10 +151,10 @@ def check_script(folder, script, script_hash):
     """Raises SystemExit if a run's copy of its script has another model than the script has today."""
     name = script.__name__
     today = Path(script.__file__)
-    if script_hash == fineweb.script_hash(today):
+    if script_hash == hash_of(today):
         return
-    copy = runs.find_copy(folder, name, script_hash) or runs.find_copy(folder, name, None)
-    if copy is None:
+    copy = folder / f"{name}.py"
+    if not copy.exists():
         print(f"{folder} holds no copy of {name}.py, so whether its model is today's can't be checked")
         return
     if model_code(copy.read_text(encoding="utf-8")) != model_code(today.read_text(encoding="utf-8")):
@@ -197,13 +199,11 @@ def front_matter(dataset, library):
 
 
 def results(log, step):
-    """The newest validation loss and scores of a step in a runs.Log, in words: a list of lines."""
+    """The newest validation loss and scores of a step in a runs.Run, in words: a list of lines."""
     lines = []
-    for start, at, loss in reversed(log.val):
-        if at == step:
-            tokens = start["config"]["val_tokens"]
-            lines.append(f"validation loss {loss:.4f} nats per token, on up to {tokens:,} tokens")
-            break
+    if step in log.val:
+        tokens = log.config["val_tokens"]
+        lines.append(f"validation loss {log.val[step]:.4f} nats per token, on up to {tokens:,} tokens")
     for by_step in log.scores.values():
         if step in by_step:
             lines.append(hellaswag.one_line(by_step[step]))
@@ -237,9 +237,8 @@ def model_card(name, config, checkpoint, log, no_log, trained, library, how):
         "script": f"train_{name}.py, sha256 {checkpoint['script_hash']}…",
     }
     if log:
-        start = log.training()[-1]
-        facts["git commit"] = start.get("git", "unknown")
-        facts["torch"] = start.get("torch", "unknown")
+        facts["git commit"] = log.facts.get("git", "unknown")
+        facts["torch"] = log.facts.get("torch", "unknown")
     lines = [f"# {name}, trained with NanoTitan", ""]
     if step == 0:
         imported = data["fingerprint"] == ""  # see import_weights()

@@ -37,7 +37,8 @@ from pathlib import Path
 
 import fineweb
 from fineweb import duration, fail, positive
-from tools import collection, documents, plan, progress, runs
+from tools import plan, progress
+from tools.compare import runs
 
 # Runs a training script, or torchrun, in a process that ends when its parent does: by SIGTERM, on which
 # the script finishes its step and saves.
@@ -82,8 +83,8 @@ def difference(job, facts, fingerprint, collect):
 def last_start(folder):
     """The facts of a run's last start that trained, or None if there is no log that tells."""
     try:
-        return runs.read_log(folder / "log.jsonl").training()[-1]
-    except (OSError, runs.Unreadable):  # a run that was killed at once; --resume decides
+        return runs.training_starts(*runs.read_log(folder / "log.jsonl"))[-1]
+    except (OSError, IndexError):  # a run that was killed at once; --resume decides
         return None
 
 
@@ -124,10 +125,10 @@ def set_done(job, run):
 
 def read_collection(collect):
     """The runs of the collection, none if it isn't there yet. Raises SystemExit if it can't be read."""
-    if not collection.is_collection(collect):
+    if not runs.is_collection(collect):
         return []
     try:
-        return collection.read(collect)
+        return runs.read_collection(collect)
     except runs.Unreadable as reason:
         fail(f"{reason}: take the line out, and its run is read from log/ or made again")
 
@@ -194,7 +195,7 @@ def reuse(jobs, fingerprints, args):
     notes = []
     for path in args.reuse or []:
         try:
-            others = collection.read(path)
+            others = runs.read_collection(path)
         except runs.Unreadable as reason:
             fail(f"--reuse {path}: {reason}")
         taken = []
@@ -238,7 +239,7 @@ def add_to(collect, finished):
     if not finished:
         return
     try:
-        collection.add(collect, finished)
+        runs.add_to_collection(collect, finished)
     except runs.Unreadable as reason:
         fail(f"{collect} can't be added to: {reason}")
 
@@ -550,16 +551,9 @@ def main():
     if args.dry:
         show_commands(jobs, args)
         return
-    doubts = {}
     for job in jobs:
-        if job.state == "to come":
-            config = job.config
-            data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards)
-            validated = config.data_dir, config.block_size, config.val_tokens
-            if validated not in doubts:
-                doubts[validated] = documents.doubt(config, data["tokenizer"])
-    for line in filter(None, doubts.values()):
-        print(line)
+        if job.state == "to come":  # data that are not there fail before anything starts
+            fineweb.open_dataset(job.config.data_dir, job.config.vocab_size, job.config.train_shards)
     stopped = False
     if any(job.state == "to come" for job in jobs):
         screen = progress.Screen(jobs, args.jobs)

@@ -1,0 +1,332 @@
+"""Losses by document, by position, by context and of n-grams, where they are known."""
+import dataclasses
+import importlib
+import json
+import math
+import statistics
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import table_rows
+
+import fineweb
+from tools import probe
+from tools.compare import stats
+
+# The logits of a token after k others are those of a fixed table, times 1 + 1 / (1 + k): so the loss depends
+# on the last token and on how many there are before it.
+SCRIPT = '''
+import dataclasses
+import torch
+
+@dataclasses.dataclass
+class Config:
+    data_dir: str = ""
+    vocab_size: int = 257
+    block_size: int = 64
+    val_tokens: int = 2048
+    train_shards: int = 100
+    seed: int = 1
+
+class Model(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(self, idx, targets=None):
+        seen = torch.arange(idx.shape[1])[:, None]
+        return self.wte(idx) * (1 + 1 / (1 + seen)), None
+'''
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys, tmp_path):
+    """ask(*arguments) -> (exit status, what tools.probe printed)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["probe", *map(str, arguments)])
+        try:
+            probe.main()
+            status = 0
+        except SystemExit as error:
+            status = 1 if error.code else 0
+            print(error.code)
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def save(folder, script, name, config, model, data):
+    """A run's newest checkpoint, and an older one that can't be read."""
+    folder.mkdir(parents=True)
+    (folder / "step_000005.pt").write_text("nothing")
+    checkpoint = {"script": name, "script_hash": "0", "step": 7, "config": dataclasses.asdict(config),
+                  "data": data, "model": model.state_dict()}  # fmt: skip
+    torch.save(checkpoint, folder / "step_000007.pt")
+    if script:
+        (folder / f"{name}.py").write_text(script)
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path, small_sample):
+    """made(name, seed, **fields of Config) -> the folder of a run on the sample, with random weights."""
+    data = fineweb.open_dataset(small_sample, 257, 100)
+
+    def make(name, seed=1, fingerprint=None, **fields):
+        (tmp_path / "train_tiny.py").write_text(SCRIPT)
+        spec = importlib.util.spec_from_file_location("made_up", tmp_path / "train_tiny.py")
+        script = importlib.util.module_from_spec(spec)
+        sys.modules["made_up"] = script
+        spec.loader.exec_module(script)
+        config = script.Config(data_dir=str(small_sample), seed=seed, **fields)
+        torch.manual_seed(seed)
+        of = data | {"fingerprint": fingerprint or data["fingerprint"]}
+        return save(tmp_path / "log" / name, SCRIPT, "train_tiny", config, script.Model(config), of)
+
+    return make
+
+
+def known_losses(folder, rows):
+    """The losses (n, T) of windows by the table in a checkpoint, in numpy."""
+    logits = torch.load(folder / "step_000007.pt", weights_only=True)["model"]["wte.weight"].double().numpy()
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    scaled = logits[inputs] * (1 + 1 / (1 + np.arange(inputs.shape[1])))[:, None]
+    return np.log(np.exp(scaled).sum(-1)) - np.take_along_axis(scaled, targets[..., None], -1)[..., 0]
+
+
+def windows(small_sample, count, block_size=64):
+    return fineweb.Windows(small_sample, "val", block_size).rows(np.arange(count))
+
+
+def test_losses_by_position(ask, made, small_sample, monkeypatch):
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 200)  # several passes
+    folder = made("tiny", block_size=256)
+    status, said = ask("position", folder, "--windows", 20, "--json", "out/position.json")
+    (found,) = json.loads(Path("out/position.json").read_text())
+    expected = known_losses(folder, windows(small_sample, 20, 256))
+    assert status == 0 and list(found["losses"]) == ["1 to 32", "33 to 128", "129 to 256"]
+    for name, (start, end) in zip(found["losses"], [(0, 32), (32, 128), (128, 256)], strict=True):
+        of_windows = expected[:, start:end].mean(axis=1)
+        half = 2.0930 * of_windows.std(ddof=1) / math.sqrt(20)
+        assert found["losses"][name] == pytest.approx([of_windows.mean(), half], rel=1e-4)
+    assert table_rows(said)["tiny"] == ["{:.3f} ± {:.3f}".format(*each) for each in found["losses"].values()]
+    assert found["windows"] == 20 and found["step"] == 7
+
+
+def test_the_same_tokens_are_guessed_with_each_length():
+    rows = torch.arange(3 * 17).reshape(3, 17)
+    for most in (2, 4, 8, 16):
+        pieces = probe.cut(rows, most)
+        assert pieces.shape == (3 * 16 // most, most + 1)
+        assert torch.equal(pieces[:, most // 2 + 1 :].reshape(3, 8), rows[:, 9:])
+        assert (pieces.diff(dim=1) == 1).all()  # neighbours in the text
+
+
+def test_what_is_lost_with_less_text(ask, made, small_sample):
+    folder = made("tiny")
+    status, said = ask("context", folder, made("short", block_size=16), "--windows", 9, "--json", "c.json")
+    found = json.loads(Path("c.json").read_text())[0]["losses"]
+    assert status == 0 and list(found) == [*[f"at most {n}" for n in (2, 4, 8, 16, 32)], "all 64"]
+    rows = windows(small_sample, 9)
+    whole = known_losses(folder, rows)[:, 32:].mean(axis=1)
+    assert found["all 64"][0] == pytest.approx(whole.mean(), rel=1e-5)
+    pieces = probe.cut(torch.from_numpy(rows), 4).numpy()
+    few = known_losses(folder, pieces)[:, 2:].reshape(9, -1).mean(axis=1)
+    assert found["at most 4"][0] == pytest.approx((few - whole).mean(), rel=1e-4)
+    assert said.count("| tokens |") == 2  # a table for each length
+
+
+# ---- documents
+
+
+def test_losses_by_document(ask, made, small_sample):
+    first, second = made("a-1"), made("b-1", seed=2)
+    status, said = ask("documents", first, second, "--tokens", 4096, "--json", "d.json")
+    assert status == 0, said
+    kept = json.loads(Path("d.json").read_text())
+    rows = windows(small_sample, 64)
+    loss = known_losses(first, rows).flatten()
+    expected = [[]]
+    for each, token in zip(loss, rows[:, 1:].flatten(), strict=True):
+        expected[-1].append(each)
+        if token == 256:
+            expected.append([])  # the end counts to the document before it
+    expected = [each for each in expected if each]
+    assert [document["tokens"] for document in kept["documents"]] == [len(each) for each in expected]
+    found = kept["runs"][0]
+    assert found["losses"] == pytest.approx([statistics.mean(each) for each in expected], abs=2e-5)
+    assert table_rows(said)["a"][0] == f"{loss.mean():.4f}"
+    status, again = ask("documents", "d.json")
+    assert status == 0 and said.endswith(again) and again.startswith("4,096 tokens of ")
+
+
+def test_a_difference_by_hand():
+    """Three documents, of which the second is half of the text."""
+    ours = {1: np.array([1.0, 2.0, 3.0]), 2: np.array([1.2, 2.2, 3.2])}
+    theirs = {1: np.array([1.1, 2.6, 3.0]), 2: np.array([1.2, 3.0, 3.3]), 3: np.array([9.0, 9.0, 9.0])}
+    weight = np.array([100.0, 200.0, 100.0])
+    both, of_seeds, of_documents = probe.compare_documents(ours, theirs, weight)
+    assert both.difference == pytest.approx(0.25 * -0.05 + 0.5 * -0.7 + 0.25 * -0.05)
+    by_seed = [0.25 * -0.1 + 0.5 * -0.6, 0.5 * -0.8 + 0.25 * -0.1]
+    assert of_seeds == pytest.approx(12.7062 * math.sqrt(statistics.variance(by_seed) / 2), rel=1e-4)
+    values = np.array([-0.05, -0.7, -0.05])
+    without = [(0.5 * -0.7 + 0.25 * -0.05) / 0.75, -0.05, (0.5 * -0.7 + 0.25 * -0.05) / 0.75]
+    away = sum((each - both.difference) ** 2 for each in without)
+    part = probe.over_documents(values, weight)
+    assert part == (pytest.approx(2 / 3 * away), pytest.approx(1 / (2 / 16 + 1 / 4) - 1))
+    assert both.half == pytest.approx(math.hypot(of_seeds, of_documents))
+    one, of_seeds, of_documents = probe.compare_documents({1: ours[1]}, theirs, weight)
+    assert one.p is None and of_seeds is None and of_documents > 0
+
+
+def test_equal_models_differ_significantly_in_at_most_one_study_of_twenty():
+    """Three models with three seeds; each varies between seeds and, in its own way, between documents."""
+    rng = np.random.default_rng(5)
+    for of_seeds, of_documents in ((0.01, 0.0), (0.0, 0.3), (0.01, 0.1)):
+        false = 0
+        studies = 300
+        for _ in range(studies):
+            tokens = rng.lognormal(7, 1, 60) + 1
+            models = []
+            for _ in range(3):
+                losses = 2 + rng.normal(0, of_documents, 60) + rng.normal(0, of_seeds, (3, 1))
+                models.append(dict(enumerate(losses + rng.normal(0, 1e-4, (3, 60)))))
+            pairs = [(models[0], models[1]), (models[0], models[2]), (models[1], models[2])]
+            p = stats.holm([probe.compare_documents(a, b, tokens)[0].p for a, b in pairs])
+            false += min(p) < 0.05
+        assert false <= 0.06 * studies
+
+
+@pytest.mark.parametrize("spread", [0, 0.7, 1.4])
+def test_an_interval_over_documents_holds_whatever_their_lengths(spread):
+    """Sixty documents, whose lengths vary as the exponential of a normal distribution."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        weight = np.exp(rng.normal(0, spread, 60))
+        values = rng.normal(0, 1, 60)
+        half = stats.half_width([probe.over_documents(values, weight)])
+        held += abs(probe.weighted(values, weight)) <= half
+    assert 0.94 <= held / 2000 <= 0.965
+
+
+def test_the_scores_in_results_are_read(ask):
+    from conftest import ROOT
+
+    status, said = ask("documents", ROOT / "results/architectures/documents-0.25M.json")
+    pair = table_rows(said)["architectures-0.25M-rwkv – architectures-0.25M-gemma"]
+    assert status == 0 and pair[:5] == ["-0.0114", "0.0227", "0.0067", "0.0237", "0.185"]
+
+
+def test_mistakes_are_one_line(ask, made, tmp_path):
+    good = made("good")
+    (tmp_path / "none.json").write_text("{}")
+    ask("documents", good, "--tokens", 2048, "--json", "a.json")
+    for arguments, words in (
+        (["context", tmp_path / "nowhere"], "holds no checkpoint"),
+        (["context", made("odd", block_size=24)], "24 tokens"),
+        (["position", made("other", fingerprint="x")], "was trained on other data"),
+        (["position", good, "--windows", 1], "--windows"),
+        (["documents", "none.json"], "none.json"),
+        (["documents", "a.json", good, "--tokens", 4096], "same documents"),
+    ):
+        status, said = ask(*arguments)
+        assert status == 1 and words in said.splitlines()[-1], said
+    path = good / "step_000007.pt"
+    torch.save(torch.load(path, weights_only=True) | {"script": "os"}, path)
+    status, said = ask("position", good)
+    assert status == 1 and "is no training script" in said
+
+
+@pytest.mark.slow
+def test_a_real_script(ask, tmp_path, small_sample):
+    """Of a run without a copy of its script the script of that name is taken."""
+    script = importlib.import_module("train_gpt2")
+    shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=257, block_size=64, val_tokens=2048)
+    config = script.Config(data_dir=str(small_sample), **shape)
+    model = script.Model(config).eval()
+    data = fineweb.open_dataset(small_sample, 257, config.train_shards)
+    folder = save(tmp_path / "log/gpt2", None, "train_gpt2", config, model, data)
+    status, _ = ask("position", folder, "--windows", 4, "--json", "p.json")
+    rows = torch.from_numpy(windows(small_sample, 4))
+    with torch.no_grad():
+        logits, _ = model(rows[:, :-1])
+    expected = F.cross_entropy(logits[:, :32].flatten(0, 1), rows[:, 1:33].flatten())
+    (found,) = json.loads(Path("p.json").read_text())
+    assert status == 0 and found["losses"]["1 to 32"][0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---- n-grams
+
+
+def plain(train, val, vocab_size, largest):
+    """The same by dictionaries, a token at a time."""
+    following = defaultdict(Counter)
+    for row in train.tolist():
+        for end in range(len(row)):
+            for n in range(1, largest + 1):
+                if end - n + 1 >= 0:
+                    following[tuple(row[end - n + 1 : end])][row[end]] += 1
+
+    def chance(history, token):
+        shorter = chance(history[1:], token) if history else 1 / vocab_size
+        after = following.get(history)
+        if after is None:
+            return shorter
+        return (after[token] + len(after) * shorter) / (after.total() + len(after))
+
+    found = []
+    for n in range(1, largest + 1):
+        total = 0.0
+        for row in val.tolist():
+            for at in range(1, len(row)):
+                total -= math.log(chance(tuple(row[max(0, at - n + 1) : at]), row[at]))
+        found.append(total / (len(val) * (val.shape[1] - 1)))
+    sizes = []
+    for n in range(1, largest + 1):
+        sizes.append(sum(len(after) for history, after in following.items() if len(history) < n))
+    return found, sizes
+
+
+@pytest.mark.parametrize("largest", [1, 2, 5])
+def test_the_losses_of_n_grams_are_those_of_a_plain_count(largest):
+    rng = np.random.default_rng(largest)
+    # few tokens and a skewed choice of them: histories that were seen often, rarely and never
+    train, val = (np.minimum(rng.geometric(0.4, size=(rows, 9)), 7) for rows in (30, 10))
+    val[0, 3] = 7  # the rarest
+    found, entries = probe.ngram_losses(train, val, 9, largest)
+    wanted, sizes = plain(train, val, 9, largest)
+    assert found == pytest.approx(wanted, rel=1e-12) and entries == sizes
+
+
+def test_what_needs_two_tokens_is_learnt_with_three():
+    """Each token is the sum of the two before it: pairs say nothing, triples everything."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 7, size=(4000, 10))
+    for at in range(2, 10):
+        rows[:, at] = (rows[:, at - 1] + rows[:, at - 2]) % 7
+    (one, two, three), _ = probe.ngram_losses(rows[:3000], rows[3000:], 7, 3)
+    assert one == pytest.approx(math.log(7), abs=0.01) and two == pytest.approx(math.log(7), abs=0.01)
+    assert three < 0.15 * math.log(7) + 1 / 9 * math.log(7)  # the first of a row's nine can't be known
+
+
+def test_the_n_grams_of_a_run(ask, small_sample):
+    options = ["ngrams", "--data_dir", small_sample, "--largest", 4, "--val_tokens", 4096]
+    status, said = ask(*options, "--steps", 40, "--json", "out/ngram.json")
+    kept = json.loads(Path("out/ngram.json").read_text())
+    made = table_rows(said)
+    shown = [made[str(n)][0] for n in range(1, 5)]
+    assert status == 0 and shown == [f"{loss:.4f}" for loss in kept["losses"]]
+    assert kept["losses"] == sorted(kept["losses"], reverse=True) and kept["options"]["steps"] == 40
+    more = table_rows(ask(*options, "--steps", 160)[1])
+    assert float(more["4"][0]) < kept["losses"][-1]  # more text, a lower loss
+    assert ask(*options, "--steps", 40, "--seed", 2)[1] != said  # other windows
+    status, said = ask("ngrams", "--data_dir", small_sample, "--largest", 8)
+    assert status == 1 and "--largest 8" in said

@@ -1,0 +1,232 @@
+"""The statistics of tools.compare, against scipy, values worked by hand, and simulated studies."""
+import math
+
+import numpy as np
+import pytest
+
+from tools.compare import stats
+from tools.compare.stats import PowerLaw
+
+SIZES = [250_000, 800_000, 2_700_000]
+
+
+def test_mcnemar_against_values_worked_by_hand():
+    # 1 win, 7 losses: 2 (C(8,0) + C(8,1)) / 2^8 = 18 / 256
+    assert stats.mcnemar([1] + [0] * 7 + [1, 0], [0] + [1] * 7 + [1, 0]) == pytest.approx(18 / 256)
+    # 10 and 25 of 35 discordant
+    assert stats.mcnemar([1] * 10 + [0] * 25, [0] * 10 + [1] * 25) == pytest.approx(0.0166738, abs=1e-7)
+    assert stats.mcnemar([1, 0], [1, 0]) == 1.0
+    assert stats.mcnemar([1, 0], [0, 1]) == 1.0
+    exact = 2 * sum(math.comb(100, k) for k in range(41)) / 2**100
+    assert stats.mcnemar([1] * 40 + [0] * 60, [0] * 40 + [1] * 60) == pytest.approx(exact)
+
+
+def test_holm_by_hand():
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5]) == [0.5]
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert stats.holm([None, 0.02, None, 0.03]) == [None, pytest.approx(0.04), None, pytest.approx(0.04)]
+
+
+def test_losses_by_hand_and_by_scipy():
+    from scipy.stats import ttest_ind, ttest_rel
+
+    # means 2 and 5, variances 1 and 1 with n = 3 each: 4 degrees of freedom, where t is 2.77645
+    welch = stats.compare_losses({1: 1.0, 2: 2.0, 3: 3.0}, {4: 4.0, 5: 5.0, 6: 6.0})
+    assert welch.difference == -3 and welch.how == "Welch, 3 and 3 seeds"
+    assert welch.half == pytest.approx(2.77645 * math.sqrt(2 / 3), rel=1e-5)
+    assert welch.p == pytest.approx(ttest_ind([1, 2, 3], [4, 5, 6], equal_var=False).pvalue)
+    # one seed in common is no pair; three are, whatever the others say
+    assert stats.compare_losses({1: 1.0, 2: 2.0}, {1: 4.0, 3: 5.0}).how == "Welch, 2 and 2 seeds"
+    paired = stats.compare_losses({1: 1.0, 2: 2.0, 3: 4.0, 8: 90.0}, {3: 3.5, 1: 0.9, 2: 1.7, 9: 50.0})
+    by_scipy = ttest_rel([1.0, 2.0, 4.0], [0.9, 1.7, 3.5])
+    assert paired.how == "paired, 3 seeds" and paired.difference == pytest.approx(0.3)
+    assert paired.p == pytest.approx(by_scipy.pvalue)
+    assert paired.half == pytest.approx(by_scipy.confidence_interval(0.95).high - 0.3)
+    one = stats.compare_losses({1: 1.0}, {1: 2.0, 2: 3.0})
+    assert (one.difference, one.half, one.p) == (-1.0, None, None)  # over the seed that both have
+    assert stats.compare_losses({3: 1.0}, {1: 2.0, 2: 3.0}).difference == -1.5
+    same = stats.compare_losses({1: 2.0, 2: 3.0}, {1: 2.0, 2: 3.0})
+    assert (same.difference, same.half, same.p) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-3, 0.7, 3.0, 40.0])
+def test_a_p_value_is_the_level_at_which_the_interval_reaches_zero(difference):
+    parts = [(0.04, 2), (0.09, 50)]
+    p = stats.p_value(difference, parts)
+    assert stats.half_width(parts, p) == pytest.approx(difference, abs=1e-6)
+
+
+def test_accuracies_of_seeds_that_differ_are_not_told_by_the_items_alone():
+    """The items say with certainty that the models differ; three seeds say that it is the seeds."""
+    n = 1000
+    a = {1: [True] * 900 + [False] * 100, 2: [True] * 500 + [False] * 500, 3: [True] * 850 + [False] * 150}
+    b = {4: [True] * 500 + [False] * 500, 5: [True] * 620 + [False] * 380, 6: [True] * 560 + [False] * 440}
+    assert stats.mcnemar(a[1], b[4]) < 1e-100
+    result = stats.compare_answers(a, b)
+    assert result.difference == pytest.approx(0.19) and result.p > 0.1 and result.half > 0.19
+    # paired, with the same difference for each seed: what is left is the items' variance
+    b = {seed: right[: n - 100] + [False] * 100 for seed, right in a.items()}
+    b = {seed: [False] * 50 + right[50:] for seed, right in b.items()}
+    result = stats.compare_answers(a, b)
+    shares = np.array([1.0] * 50 + [0.0] * 950)
+    assert result.difference == pytest.approx(0.05)
+    assert result.half == pytest.approx(1.9623 * shares.std(ddof=1) / math.sqrt(n), rel=1e-3)
+    one = stats.compare_answers({1: a[1]}, {2: a[2]})
+    assert one.p == pytest.approx(stats.mcnemar(a[1], a[2]))
+
+
+def simulate(rng, seeds, shift=0.0, items=0):
+    """A study: [({seed: loss}, {seed: answers})] for each entry of seeds; the first one's loss is shifted.
+
+    Losses have a part that the order of the data gives to all with a seed, and a part of their own with a
+    standard deviation of 1. Items are of all difficulties; a seed makes a model 3 points better or worse.
+    """
+    order = rng.normal(size=1 + max(map(max, seeds)))
+    difficulty = rng.uniform(0.2, 0.9, size=items)
+    found = []
+    for number, own_seeds in enumerate(seeds):
+        losses = {}
+        right = {}
+        for seed in own_seeds:
+            losses[seed] = 100 + order[seed] + rng.normal() + shift * (number == 0)
+            skill = np.clip(difficulty + 0.03 * rng.normal(), 0, 1)
+            right[seed] = (rng.uniform(size=items) < skill).tolist()
+        found.append((losses, right))
+    return found
+
+
+def corrected(study, of, compare):
+    """The corrected p-values of all pairs of a study. of: 0 for losses, 1 for answers."""
+    pairs = [(a[of], b[of]) for i, a in enumerate(study) for b in study[i + 1 :]]
+    return stats.holm([compare(a, b).p for a, b in pairs])
+
+
+@pytest.mark.parametrize("seeds", [
+    [(1, 2, 3)] * 5,  # paired
+    [(1, 2, 3), (4, 5, 6, 7), (8, 9, 10), (11, 12, 13, 14, 15)],  # no seeds in common: Welch
+    [(1, 2, 3), (2, 3, 4), (5, 6, 7)],  # some
+])  # fmt: skip
+def test_equal_architectures_differ_significantly_in_at_most_one_study_of_twenty(seeds):
+    rng = np.random.default_rng(0)
+    studies = 400
+    by_loss = 0
+    by_accuracy = 0
+    for _ in range(studies):
+        study = simulate(rng, seeds, items=200)
+        by_loss += min(corrected(study, 0, stats.compare_losses)) < 0.05
+        by_accuracy += min(corrected(study, 1, stats.compare_answers)) < 0.05
+    assert by_loss <= 0.05 * studies
+    assert by_accuracy <= 0.05 * studies
+
+
+@pytest.mark.parametrize("architectures, seeds, shift, least, most", [
+    (2, 3, 5, 0.75, 0.95),
+    (2, 5, 4, 0.95, 1),
+    (7, 3, 10, 0.2, 0.5),  # with 21 pairs three seeds find large differences only
+    (7, 5, 10, 0.95, 1),
+])  # fmt: skip
+def test_power(architectures, seeds, shift, least, most):
+    """How often the better of otherwise equal architectures is told from another. shift: in sd of a run."""
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        study = simulate(rng, [range(seeds)] * architectures, shift=-shift)
+        p = corrected(study, 0, stats.compare_losses)[0]
+        difference = stats.compare_losses(study[0][0], study[1][0]).difference
+        assert p >= 0.05 or difference < 0
+        found += p < 0.05
+    assert least <= found / 200 <= most
+
+
+@pytest.mark.parametrize("n, steps", [(3, 5), (3, 20), (5, 20), (8, 20)])
+def test_a_fresh_run_is_inside_the_band_at_all_steps(n, steps):
+    """Random walks around a mean: a step's loss hangs on those before it, as a run's does."""
+    rng = np.random.default_rng(1)
+    studies = 400
+    inside = 0
+    worse_inside = 0
+    for _ in range(studies):
+        curves = 100 + rng.normal(size=(n + 1, steps)).cumsum(axis=1)
+        means = curves[:n].mean(axis=0)
+        halves = np.array([stats.band_half(sd, n, steps) for sd in curves[:n].std(axis=0, ddof=1)])
+        worse = curves[n] + 10 * np.sqrt(np.arange(1, steps + 1))  # ten standard deviations
+        inside += np.all(np.abs(curves[n] - means) <= halves)
+        worse_inside += np.all(np.abs(worse - means) <= halves)
+    assert 0.94 * studies <= inside < studies  # a band that all are inside of would say nothing
+    if n == 8:
+        assert worse_inside == 0
+
+
+# ---- power laws
+
+
+def law(xs, losses):
+    return PowerLaw(list(xs), [[math.log(loss) for loss in of_size] for of_size in losses])
+
+
+def test_a_planted_power_law_is_recovered():
+    shifts = (0.004, -0.005, 0.001)  # of the seeds, in log loss
+    found = law(SIZES, [[6 * x**-0.08 * math.exp(shift) for shift in shifts] for x in SIZES])
+    # by hand: sd sqrt((16 + 25 + 1) / 2) / 1000 with 6 degrees of freedom, where t is 2.44691
+    places = np.log(SIZES)
+    error = math.sqrt(21e-6 / 3 / ((places - places.mean()) ** 2).sum())
+    assert found.b == pytest.approx(0.08) and found.a == pytest.approx(6)
+    assert found.b_half() == pytest.approx(2.44691 * error, rel=1e-4)
+    low, high = found.between(1e8)
+    assert low < 6 * 1e8**-0.08 < high
+    assert found.beyond(1e8) == pytest.approx((found.loss(1e8),) * 2)  # the points are on a line
+
+
+def test_an_interval_of_the_exponent_by_hand():
+    found = law([1.0, math.e, math.e**2], [[math.e**3], [math.e**2, math.e**2.2], [math.e]])
+    assert found.b == pytest.approx(1.0) and found.freedom == 1
+    assert found.spread == pytest.approx(0.1 * math.sqrt(2))
+    # weights of the slope: -1/2, 0, 1/2
+    assert found.b_half() == pytest.approx(12.7062 * found.spread * math.sqrt(0.5), rel=1e-4)
+
+
+def test_a_curve_that_is_no_power_law_has_residuals_and_a_wide_interval():
+    straight = law(SIZES, [[6 * x**-0.06] for x in SIZES])
+    bent = law(SIZES, [[1.5 + 20 * x**-0.2] for x in SIZES])
+    assert np.abs(straight.residuals()).max() < 1e-12
+    assert np.abs(bent.residuals()).max() > 0.002
+    low, high = bent.beyond(124e6)
+    truth = 1.5 + 20 * 124e6**-0.2
+    assert bent.loss(124e6) < truth and low < truth < high  # too low, as the report says
+    assert bent.b_half() is None and bent.between(1e8) is None  # one seed at each size
+
+
+def test_the_interval_holds_the_exponent_and_a_bootstrap_would_not():
+    """The figures of PowerLaw's docstring."""
+    rng = np.random.default_rng(0)
+    truth = math.log(6) - 0.06 * np.log(SIZES)
+    studies = 1500
+
+    def coverage(spreads, seeds=(3, 3, 3)):
+        held = 0
+        drawn = 0
+        for _ in range(studies):
+            logs = []
+            for level, spread, n in zip(truth, spreads, seeds, strict=True):
+                logs.append((level + spread * rng.normal(size=n)).tolist())
+            found = PowerLaw(SIZES, logs)
+            held += abs(found.b - 0.06) <= found.b_half()
+            exponents = 0.0
+            for slope, of_size, n in zip(found.solution[1], logs, seeds, strict=True):
+                exponents = exponents - slope * rng.choice(of_size, size=(300, n)).mean(axis=1)
+            low, high = np.percentile(exponents, [2.5, 97.5])
+            drawn += low <= 0.06 <= high
+        return held / studies, drawn / studies
+
+    held, drawn = coverage([0.005] * 3)
+    assert 0.94 <= held <= 0.965 and drawn < 0.85
+    assert coverage([0.005] * 3, (3, 3, 1))[0] >= 0.94
+    assert coverage([0.005, 0.009, 0.015], (3, 3, 1))[0] < 0.85  # the docstring warns of it
+
+
+def test_a_loss_is_read_off_between_two_budgets():
+    """On a line between log loss and log tokens: exact for a power law."""
+    for times in (0.3, 0.9, 1.3):
+        found = stats.loss_with_tokens(times, 5 * 8**-0.1, 0.25, 5 * 2**-0.1)
+        assert found == pytest.approx(5 * (8 * times) ** -0.1)
