@@ -22,6 +22,7 @@ The first shard is for validation. manifest.json beside the shards names the
 tokenizer, the source and each shard's checksum.
 """
 import contextlib
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -561,7 +562,6 @@ def write_sample(folder=SAMPLE):
     origin = {"dataset": "sample", "files": ["documentation of Python"]}
     if manifest.get("complete") and origin.items() <= manifest.items():
         if all(is_whole(folder, shard) for shard in manifest["shards"]):
-            say(f"{folder} already exists")
             return
     lock(folder, "wait until it ends", wait=True)
     try:
@@ -947,9 +947,8 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
 def append(path, event, **fields):
     """Adds a line of JSON to a run's log."""
     begin = "\n" if event == "run" else ""  # after what may be half a line of a killed run
-    with one_line(f"{path} can't be written: make room, then continue with --resume"):
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(begin + json.dumps({"event": event, **fields}) + "\n")
+    with one_line(f"{path} can't be written: make room, then --resume"), open(path, "a") as f:
+        f.write(begin + json.dumps({"event": event, **fields}) + "\n")
 
 
 def load_checkpoint(paths, script, fields):
@@ -978,8 +977,9 @@ def load_checkpoint(paths, script, fields):
 @contextlib.contextmanager
 def noted_signals():
     """A list that the first signal to stop is added to, so that a run can end its step; a second kills."""
-    received = []
-    before = {}
+    received, before = [], {}
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: also if torchrun is killed
 
     def note(number, frame):
         received.append(number)

@@ -1,90 +1,221 @@
-"""The torture of the writer and the downloads, a short one."""
+"""
+Kills training, the writer and the downloads, runs them again, and compares the outcome with that of a
+run that was never killed. All kills are SIGKILL to all processes.
+
+    python -m pytest tests/test_torture.py -m slow               # a few of each
+    KILLS=50 python -m pytest tests/test_torture.py -m slow -v   # fifty at random, all seven scripts
+
+A program is killed at random times, and just before and after each of its writes gets its name.
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT, text
+from hub_server import HubServer
 
 import fineweb
-from tools import torture
+
+pytestmark = pytest.mark.slow
+KILLS = int(os.environ.get("KILLS", 2))
+SCRIPTS = ["train_gpt2", "train_deepseek"]
+if KILLS > 2:
+    SCRIPTS += ["train_llama", "train_gemma", "train_mistral", "train_mta", "train_rwkv"]
+# a run of some seconds that saves often
+SHORT_RUN = [
+    "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4", "--n_layer=2",
+    "--warmup_steps=2", "--max_steps=24", "--eval_every=4", "--run_name=run", "--data_dir=data",
+]  # fmt: skip
+WRITER = ["--tokenizer=bytes", "--shard_tokens=30000", "--workers=2", "--out=out"]
+NOTES = "a user's notes"  # a file in the folder that must stay as it is
+
+# runs the main() of a script, but kills all of its processes at os.replace() number N, with which each
+# write ends: before it is in the middle of the write
+KILLED_AT = """
+import importlib, os, signal, sys
+
+def counted(source, target):
+    global left
+    left -= 1
+    if left == 0 and moment == "before":
+        os.killpg(0, signal.SIGKILL)
+    replace(source, target)
+    if left == 0:
+        os.killpg(0, signal.SIGKILL)
+
+if __name__ == "__main__":  # the writer's processes import this file, too
+    left, moment, name = int(sys.argv[1]), *sys.argv[2:4]
+    sys.argv = [sys.argv[3] + ".py", *sys.argv[4:]]
+    replace, os.replace = os.replace, counted
+    importlib.import_module(name).main()
+"""
 
 
-def test_nothing_is_lost(run):
-    status, said = run(torture, "writer", "--case=--files", "--kills", "0", "--writes", "3")
-    assert status == 0, said
-    at_random, at_writes = said.splitlines()[-2:]
-    assert at_random == "| --files | at random | 0 | 0 |"
-    assert at_writes == "| --files | at 3 writes | 6 | 6 |"
+def start(words, home, environment):
+    """A program in a process group of its own, which a kill can name."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.Popen(command, cwd=home, env=environment, start_new_session=True, **quiet)
 
 
-def test_no_download_is_lost(run):
-    status, said = run(torture, "download", "--case=--pretokenized", "--kills", "1", "--writes", "0")
-    assert status == 0 and "| --pretokenized | at random | 1 | 1 |" in said, said
+def killed_at_random(words, home, environment):
+    """Whether the program was still running when it was killed."""
+    process = start(words, home, environment)
+    try:
+        process.communicate(timeout=random.uniform(0, 12))
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return True
 
 
-SCRIPT = """
-import os, pathlib, shutil, sys, time
-
-def main():
-    folder = pathlib.Path("log/run")
-    folder.mkdir(parents=True, exist_ok=True)
-    time.sleep(0.2)
-    with open(folder / "log.jsonl", MODE) as log:
-        log.write('{"event": "val", "step": 0, "loss": 5.5, "ms": 3}\\n')
-    shutil.copy("data/weights.pt", folder / "partial.tmp")
-    os.replace(folder / "partial.tmp", folder / "step_000001.pt")
-
-if __name__ == "__main__":
-    main()
-"""  # in a training script's place, which takes seconds to start
+def killed_at_write(number, moment, name, options, home, environment):
+    """Whether the program came as far as its write with this number."""
+    script = home.parent / "killed_at.py"  # a file, since the workers import the main program
+    script.write_text(KILLED_AT)
+    process = start([script, number, moment, name, *options], home, environment)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("mode", ["w", "a"])  # appending to what a killed run left is wrong
-def test_kills_of_training(run, tmp_path, monkeypatch, mode):
-    (tmp_path / "train_fake.py").write_text(SCRIPT.replace("MODE", repr(mode)))
-    (tmp_path / "fineweb.py").write_text("")  # a script that is killed at a write imports it
-
-    def write_data(folder):
-        folder.mkdir()
-        (folder / "cloze.jsonl").write_text("")
-        torch.save({"model": {"weight": torch.ones(3)}}, folder / "weights.pt")
-
-    monkeypatch.setattr(fineweb, "write_sample", write_data)
-    monkeypatch.setattr(torture, "ROOT", tmp_path)
-    monkeypatch.setattr(torture.random, "uniform", lambda low, high: 0.05)  # before it has done anything
-    status, said = run(torture, "training", "--case=fake", "--kills", "2", "--writes", "1")
-    # killed before the log, all is well; after it, what was there is doubled
-    assert "| train_fake | at random | 2 | 2 |" in said, said
-    assert f"| train_fake | at 1 writes | 2 | {2 if mode == 'w' else 0} |" in said, said
-    assert status == (0 if mode == "w" else 1)
+def finished(name, options, home, environment):
+    process = start([ROOT / f"{name}.py", *options], home, environment)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
 
 
-def test_another_outcome_of_training_is_said():
-    whole = [{"event": "val", "step": 0, "loss": 5.5}], {"wte.weight": b"abc"}
-    assert torture.difference(whole, whole) == ""
-    assert torture.difference(([], whole[1]), whole) == "its log has 0 events, not 1"
-    assert "'loss': 5.4" in torture.difference(([{"event": "val", "step": 0, "loss": 5.4}], whole[1]), whole)
-    assert torture.difference((whole[0], {"wte.weight": b"abd"}), whole) == "its weights are others"
+def survives(name, options, again, outcome, make_home, environment=None):
+    """Kills at random, and at each of the first writes, change nothing of outcome(home) in the end.
+
+    again: the options with which a killed program is started once more.
+    """
+    environment = environment or {}
+    home = make_home()
+    finished(name, options, home, environment)
+    whole = outcome(home)
+
+    home = make_home()
+    n = 0
+    while n < KILLS:
+        words = again if n else options
+        n += killed_at_random([ROOT / f"{name}.py", *words], home, environment)
+        if not n:
+            home = make_home()  # it was through already
+    finished(name, again, home, environment)
+    assert outcome(home) == whole, "killed at random"
+
+    for number in range(1, KILLS + 2):
+        for moment in ("before", "after"):
+            home = make_home()
+            if killed_at_write(number, moment, name, options, home, environment):
+                finished(name, again, home, environment)
+                assert outcome(home) == whole, f"killed {moment} write {number}"
 
 
-def test_what_is_lost_is_found(run, monkeypatch):
-    """A program that leaves something else each time, and one that fails after each kill."""
-    runs = iter(range(100))
-    monkeypatch.setattr(torture, "finish", lambda *args: {"a.bin": str(next(runs)).encode()})
-    monkeypatch.setattr(torture, "start", lambda *args: None)
-    monkeypatch.setattr(torture, "kill_at_random", lambda *args: True)
-    options = ["writer", "--case=--files", "--kills", "3", "--writes", "0"]
-    status, said = run(torture, *options)
-    assert status == 1 and said.splitlines()[-1] == "3 kills lost something"
+@pytest.fixture
+def make_home(tmp_path):
+    """make_home(): a new, empty folder."""
+    numbers = iter(range(1_000_000))
 
-    def fails(*args):
-        if next(runs) >= 50:
-            raise SystemExit("--files ended with status 1")
-        return {}
+    def make_home():
+        home = tmp_path / f"{next(numbers)}/home"
+        home.mkdir(parents=True)
+        return home
 
-    runs = iter(range(49, 100))
-    monkeypatch.setattr(torture, "finish", fails)
-    status, said = run(torture, *options)
-    assert status == 1 and said.splitlines()[-1] == "3 kills lost something"
+    return make_home
 
 
-def test_an_unknown_case_is_one_line(run):
-    status, said = run(torture, "writer", "--case=other")
-    assert status == 1 and said == "--case other: choose --files or --sample\n"
+# ---- training
+
+
+def run_outcome(home):
+    """The last event of each kind and step in a run's log, without times, and the last weights."""
+    events = {}
+    for line in (home / "log/run/log.jsonl").read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:  # half a line, or an empty one
+            continue
+        if event["event"] not in ("run", "sample"):
+            event.pop("ms", None)
+            events[event["event"], event["step"]] = event
+    newest = max((home / "log/run").glob("step_*.pt"))
+    weights = torch.load(newest, weights_only=True)["model"]
+    return newest.name, events, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_killed_run_ends_as_one_that_was_not(name, sample, make_home):
+    def home_with_data():
+        home = make_home()
+        (home / "data").symlink_to(sample)
+        (home / "log/run").mkdir(parents=True)  # --resume wants to see that somebody began
+        return home
+
+    survives(name, SHORT_RUN, [*SHORT_RUN, "--resume"], run_outcome, home_with_data)
+
+
+# ---- the writer and the downloads
+
+
+def folder_outcome(home):
+    """{name: bytes} of all that is in the folder but the lock."""
+    files = [path for path in (home / "out").rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(home)): path.read_bytes() for path in files}
+
+
+def texts(n, seed):
+    return [text(1 + 7 * i % 100, seed + i) for i in range(n)]
+
+
+def parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts(300, 2000)}), path, row_group_size=50)
+    return path
+
+
+@pytest.fixture
+def home_with_notes(make_home):
+    def home_with_notes():
+        home = make_home()
+        (home / "out").mkdir()
+        (home / "out/notes.txt").write_text(NOTES)
+        return home
+
+    return home_with_notes
+
+
+def test_a_killed_writer_writes_the_same_bytes(tmp_path, home_with_notes):
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.txt", parquet(tmp_path / "c.parquet")]
+    paths[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(300, 0)))
+    paths[1].write_text("\n".join(texts(300, 1000)))
+    options = ["--files", *paths, *WRITER]
+    survives("fineweb", options, options, folder_outcome, home_with_notes)
+
+
+def test_a_killed_sample_is_the_same(home_with_notes):
+    options = ["--sample", "--out=out"]
+    survives("fineweb", options, options, folder_outcome, home_with_notes)
+
+
+@pytest.mark.parametrize("options", [WRITER, ["--pretokenized", "--out=out"]])
+def test_a_killed_download_is_the_same(options, tmp_path, home_with_notes):
+    content = parquet(tmp_path / "c.parquet").read_bytes()
+    text_files = {f"sample/10BT/{i:03d}_00000.parquet": content for i in range(3)}
+    shard = fineweb.shard_header(5000) + np.arange(5000, dtype=np.uint16).tobytes()
+    names = ("val_000000", "train_000001", "train_000002")
+    shards = {f"fineweb_{name}.bin": shard for name in names}
+    repository, ready_made, _ = fineweb.DATASETS["fineweb"]
+    with HubServer({repository: text_files, ready_made: shards}) as hub:
+        environment = {**hub.env(), "RETRY_SECONDS": "0.01"}
+        survives("fineweb", options, options, folder_outcome, home_with_notes, environment)
