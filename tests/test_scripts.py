@@ -133,6 +133,18 @@ def test_nothing_happens_at_import(script):
     assert called <= {"dict", "Path"}
 
 
+def test_help_names_every_option_with_the_value_that_runs(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 0
+    options = capsys.readouterr().out.split(" --")
+    for name, value in vars(script.Config(**script.RECIPE)).items():
+        shown = f"(default: {value})" if value != "" and value is not False else ""
+        assert any(option.split()[0] == name and shown in option for option in options), name
+
+
 def test_parameters_at_the_real_shapes(script, monkeypatch):
     monkeypatch.setattr(script.Model, "init_weights", lambda self: None)
     model = in_full(script, **script.RECIPE)
@@ -292,7 +304,7 @@ def test_one_graph_and_no_recompilation(script, dtype, relative):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, fields", [("rwkv", {}), ("deepseek", {"n_dense": 0, "experts": "dense"})])
+@pytest.mark.parametrize("name, fields", [("rwkv", {}), ("deepseek", {"n_dense": 0, "experts": "dense", "mtp_depth": "0"})])
 def test_compiled_gradients_leave_autocast_as_eager_ones_do(name, fields):
     """Parts in fp32 under bf16 autocast have backward passes in fp32; by torch's default they wouldn't."""
     script = importlib.import_module(f"train_{name}")
