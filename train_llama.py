@@ -81,7 +81,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # type of the matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA, but not on Windows
 
-    # ---- what to do, if not to train a new run
+    # ---- what to do, if not to train a new run: these four are not in the log's `changed`
     tiny: bool = False  # train a small model on a small dataset that is made offline
     resume: bool = False  # continue from the run's last checkpoint
     eval: bool = False  # score the run's last checkpoint
@@ -277,8 +277,9 @@ def parse(default):
                       console_outputs=os.environ.get("RANK", "0") == "0")  # fmt: skip
     for name, value in vars(config).items():
         lowest = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
-        if type(value) in (int, float) and not lowest <= value < math.inf:
-            fail(f"--{name} {value}: must be at least {lowest}, and finite")
+        limit = 1 if name.startswith("beta") else 2**63
+        if type(value) in (int, float) and not lowest <= value < limit:
+            fail(f"--{name} {value}: must be at least {lowest}, and less than {limit}")
     return config
 
 
@@ -477,8 +478,8 @@ def main():
         checkpoint |= {"step": 0, "optimizer": {}, "scaler": {}}
         checkpoint["data"]["fingerprint"] = ""  # other data than before are fine
     config = parse(Config(**(values | {"run_name": name})))
-    changed = {key: value for key, value in vars(config).items() if value != values.get(key, value)}
     first_step = checkpoint.get("step", 0)
+    changed = {key: v for key, v in [*vars(config).items()][:-4] if first_step and v != values[key]}
     last_step = first_step if config.eval else max(first_step, config.max_steps)
 
     # ---- where to do it
@@ -575,7 +576,7 @@ def main():
 
     began = time.time()
     append(log, "run", time=began, config=vars(config), **facts)
-    for key, value in (facts | vars(config)).items():
+    for key, value in (vars(config) | facts).items():
         say(f"{key:18} {value}")
 
     # ---- the loop

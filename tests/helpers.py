@@ -1,19 +1,46 @@
-"""What the tests of the models share: a model to test, closeness, gradients, comparisons with references."""
+"""What the tests of scripts and models share: models, runs, closeness, comparisons with references."""
 import copy
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint
+from conftest import ROOT
 from reference import cross_entropy, window_attention
 
-from tools import models, weights
+from tools import weights
 
 # ==========================================================================
 # Models
+
+
+def tiny(script, **fields):
+    """The Config of a small model of bytes."""
+    return script.Config(**{**script.TINY_MODEL, "vocab_size": 257, "block_size": 48, **fields})
+
+
+def make(script, dtype=torch.float32, **fields):
+    """A small model in training, none of whose parameters is at its special initial value, such as 0."""
+    torch.manual_seed(0)
+    model = script.Model(tiny(script, **fields))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+def in_full(script, **fields):
+    """The real model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return script.Model(script.Config(**fields))
+
+
+def size(model):
+    """How many parameters a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def perturbed(script, std=0.2, **fields):
@@ -32,10 +59,57 @@ def perturbed(script, std=0.2, **fields):
     return model
 
 
-def tokens(*shape, vocab_size=300, seed=1):
+def tokens(*shape, vocab_size=257, seed=0):
     """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, shape, generator=generator)
+
+
+# ==========================================================================
+# Runs
+
+SHORT = ["--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4",
+         "--warmup_steps=2", "--log_every=1"]  # fmt: skip
+SMALL = [*SHORT, "--n_layer=1", "--n_head=2", "--n_embd=16"]  # of GPT-2: a run of half a second
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def command(data, *options, launcher=(sys.executable,)):
+    """The command of a run of train_gpt2.py in a process of its own."""
+    return [*launcher, str(ROOT / "train_gpt2.py"), *SMALL, f"--data_dir={data}", *options]
+
+
+def read_log(folder):
+    """The events of a run's log; it may hold blank lines and half lines."""
+    found = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            pass
+    return found
+
+
+def events(folder, kind):
+    """The events of a kind; of a step that was done twice the last one."""
+    found = [event for event in read_log(folder) if event["event"] == kind]
+    return list({event.get("step", number): event for number, event in enumerate(found)}.values())
+
+
+def losses(folder):
+    """The training loss of each step."""
+    return [event["loss"] for event in events(folder, "train")]
+
+
+def load(folder, step):
+    return torch.load(folder / f"step_{step:08d}.pt", weights_only=True)
+
+
+def assert_same(a, b):
+    """Two dicts of tensors are equal to the bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 # ==========================================================================
@@ -113,26 +187,6 @@ def assert_checkpoints_change_nothing(model, idx, targets, monkeypatch):
 
 # ==========================================================================
 # Parts that several scripts have
-
-
-def assert_head_loss_is_plain(script, rows, l2wrap=False):
-    """HeadLoss and head_loss in fp64 against all logits at once."""
-    torch.manual_seed(0)
-    x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(40, (rows,))
-    loss = script.HeadLoss.apply(x, weight, targets, True)
-    plain = cross_entropy(x @ weight.T, targets, l2wrap)
-    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
-    ours = torch.autograd.grad(3 * loss, (x, weight))
-    theirs = torch.autograd.grad(3 * plain, (x, weight))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
-    with torch.no_grad():
-        mean = script.head_loss(x[None], weight, targets[None], "mean")
-        each = script.head_loss(x[None], weight, targets[None], "none")
-    torch.testing.assert_close(mean, plain.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(each.mean(), plain.detach().float(), rtol=1e-5, atol=0)
 
 
 def assert_norm_rounds_once(norm, reference):
@@ -236,10 +290,10 @@ def assert_real_size(name, script, parameters, flops):
     pytest.importorskip("transformers")
     with torch.device("meta"):
         twin = weights.hf_model(name, script.Config())
-    ours, active = models.count_parameters(script, script.Config())
-    assert ours == active == sum(p.numel() for p in twin.parameters()) == parameters
+    model = in_full(script)
+    assert size(model) == model.active_parameters() == size(twin) == parameters
     assert f"{parameters:,}" in script.__doc__
-    assert models.make_model(script, script.Config()).flops_per_token() == pytest.approx(flops, rel=1e-3)
+    assert model.flops_per_token() == pytest.approx(flops, rel=1e-3)
 
 
 def assert_saves_parameters_alone(model):

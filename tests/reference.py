@@ -1,7 +1,7 @@
 """
 The slow, obvious versions of what the training scripts compute in another way.
 
-    cross_entropy         the loss of all logits at once     HeadLoss in every script
+    cross_entropy         the loss, and L2Wrap's gradient    Model.forward in every script
     rotate_neighbours     rotary positions, the other way    rotate
     window_attention      query by query                     attend in train_mistral.py and train_gemma.py
     experts_by_loop       expert by expert                   Experts in train_deepseek.py

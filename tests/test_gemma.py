@@ -57,23 +57,13 @@ def test_how_far_layers_see():
     assert last_changed(6) == 1023  # the sixth layer is global
 
 
+@pytest.mark.slow
 def test_flex_attention_equals_the_mask_in_one_graph(monkeypatch):
     # more than flex_attention's blocks of 128; a local layer and a global one, which has no mask
     fields = dict(n_layer=2, global_every=2, head_dim=16, block_size=300, window=50)
     model = perturbed(train_gemma, **SMALL | fields)
     model.may_flex = True
     assert_flex_equals_mask(train_gemma, model, tokens(2, 300), monkeypatch)
-
-
-def test_initial_weights():
-    torch.manual_seed(0)
-    model = Model(Config(n_layer=2, n_embd=256, head_dim=64, n_inner=300, vocab_size=1000, block_size=64))
-    for name, p in model.named_parameters():
-        if "norm" in name:
-            assert (p == 0).all(), name  # a gain of 1
-        else:
-            assert p.std().item() == pytest.approx(0.02, rel=0.03), name
-            assert abs(p.mean().item()) < 0.001, name
 
 
 def test_norms_do_not_decay():
@@ -85,8 +75,9 @@ def test_norms_do_not_decay():
     assert len(matrices["params"]) + len(norms) == len(list(model.parameters()))
 
 
-def test_shapes_that_can_not_be():
-    with pytest.raises(SystemExit, match="--n_head 4 is not a multiple of --n_kv_head 3"):
-        Model(Config(n_kv_head=3))
-    with pytest.raises(SystemExit, match="--head_dim 33 is odd"):
-        Model(Config(head_dim=33))
+@pytest.mark.parametrize("fields, words", [
+    (dict(n_kv_head=3), "--n_head 4 .* --n_kv_head 3"), (dict(head_dim=33), "--head_dim 33"),
+])  # fmt: skip
+def test_shapes_that_can_not_be(fields, words):
+    with pytest.raises(SystemExit, match=words):
+        Model(Config(**fields))

