@@ -6,13 +6,13 @@ Variants of the scripts. Each is a patch: what it changes, and why one asks.
     python -m tools.vary gpt2-rope gpt2-rmsnorm    # both changes in one script
     python -m tools.vary --save gpt2-mine train_mine.py --what "GPT-2 with …"
         --question "Does … ?" --paper "…"    # your edited copy as a patch
-    python -m tools.vary --refresh       # after an edit of the scripts
 
 What it writes is a whole script, which runs, resumes, is exported and compared
-like any other.
+like any other. --force writes over what is there; --save then takes what isn't
+given, as the question, from the patch before.
 
-A patch, tools/study/variants/NAME.patch, is a unified diff with a few lines on
-top:
+A patch, tools/study/variants/NAME.patch, is a unified diff of the code with a
+few lines on top, from which the docstring is made:
 
     # what: the docstring's first lines
     # question: what the variant is to answer
@@ -20,11 +20,8 @@ top:
     # parameters: what was done to keep their number
     # unequal: why it could not be kept within 1%, if so
 
-It holds the code alone; the docstring is made of these lines. A change is
-found by its text, and by as much of the three lines around it as is there, so
-patches outlive edits of other parts. Definitions that a patch takes from
-another script say so above, "# The same in RWKV-7, as Attention.", and
---refresh renews them.
+A change is found by its text, and by as much of the three lines around it as is
+there, so patches outlive edits of other parts.
 """
 import dataclasses
 import difflib
@@ -34,24 +31,18 @@ import textwrap
 import types
 from pathlib import Path
 
+import torch
 import tyro
 import unidiff
 
 import fineweb
 from fineweb import fail
-from tools import parameters, sync
 from tools.common import ROOT, parse
 
 VARIANTS = Path(__file__).parent / "variants"
 BUDGET = 124_475_904  # parameters of train_gpt2.py
 FIELDS = ("what", "question", "paper", "parameters", "unequal")
 END_OF_DOCSTRING = '\n"""\n'
-COPY = re.compile(
-    r"^# The same in (?P<scripts>[^\n]*?)(?:, as (?P<theirs>\w+))?\.\n"
-    r"(?P<text>(?:class|def) (?P<name>\w+)"
-    r"(?:.*\n(?:(?:    .*)?\n)*))",  # all that is indented below, and blank lines
-    re.MULTILINE,
-)
 
 # ==========================================================================
 # Patches
@@ -59,7 +50,7 @@ COPY = re.compile(
 
 @dataclasses.dataclass
 class Change:
-    """Lines to find in a script, those that take their place, and up to three lines before and after."""
+    """Lines to find in a script, those that take their place, and those around them."""
 
     before: list
     old: list
@@ -87,64 +78,45 @@ def read_patch(name):
     path = VARIANTS / f"{name}.patch"
     if not path.exists():
         close = difflib.get_close_matches(name, variants(), n=1, cutoff=0)
-        hint = f"did you mean {close[0]}? " if close else ""
-        fail(f"there is no variant {name}: {hint}(--list names them all)")
+        fail(f"there is no variant {name}: did you mean {close[0]}? (--list names them all)")
     text = path.read_text(encoding="utf-8")
     comment = re.sub(r"\n#   ", " ", text.partition("\n--- ")[0])
     header = dict(re.findall(r"^# (\w+): (.*)$", comment, re.MULTILINE))
     for field in FIELDS[:4]:
         if field not in header:
             fail(f"{path.name} doesn't say its {field}: add a line `# {field}: …` on top")
-    check_header(path.name, header)
     try:
         (file,) = unidiff.PatchSet(text)
     except (unidiff.UnidiffParseError, ValueError) as error:
         fail(f"{path.name} is no unified diff of one script: {error}")
-    base = file.source_file
-    if not (ROOT / base).is_file():
-        fail(f"{path.name} changes {base}, which isn't here")
-    return Patch(name, base, header, [change for hunk in file for change in changes_of(hunk)])
-
-
-def check_header(where, header):
-    """Raises SystemExit, with one line, if a field can't be written into a docstring."""
-    for field, value in header.items():
-        if '"""' in (value or "") or "\\" in (value or ""):
-            fail(f'{where}: its {field} has """ or a backslash in it, which a docstring can\'t hold')
+    if not (ROOT / file.source_file).is_file():
+        fail(f"{path.name} changes {file.source_file}, which isn't here")
+    return Patch(name, file.source_file, header, [change for hunk in file for change in changes_of(hunk)])
 
 
 def changes_of(hunk):
     """The Changes of a hunk of unidiff's, each with the context between it and its neighbours."""
-    groups = []
-    for is_context, lines in itertools.groupby(hunk, key=lambda line: line.is_context):
-        groups.append((is_context, list(lines)))
-    found = []
-    for number, (is_context, lines) in enumerate(groups):
-        if is_context:
+    found = [Change([], [], [], [])]  # what comes after this one comes before the first
+    for line in hunk:
+        text = line.value.rstrip("\n")
+        if line.is_context:
+            found[-1].after.append(text)
             continue
-        before = groups[number - 1][1] if number else []
-        after = groups[number + 1][1] if number + 1 < len(groups) else []
-        old = [line for line in lines if line.is_removed]
-        new = [line for line in lines if line.is_added]
-        parts = (before[-3:], old, new, after[:3])
-        found.append(Change(*([line.value.rstrip("\n") for line in part] for part in parts)))
-    return found
-
-
-def places(lines, block):
-    """Where a block of lines is to be found in others: the indices of its first line."""
-    last = len(lines) - len(block)
-    return [i for i in range(last + 1) if lines[i : i + len(block)] == block]
+        if found[-1].after or len(found) == 1:
+            found.append(Change(found[-1].after, [], [], []))
+        (found[-1].old if line.is_removed else found[-1].new).append(text)
+    return found[1:]
 
 
 def place(lines, change):
-    """Where the old lines of a change begin, with as much context as makes that one place; None if nowhere."""
-    sizes = itertools.product(range(len(change.before) + 1), range(len(change.after) + 1))
-    for before, after in sorted(sizes, key=sum, reverse=True):
-        context = change.before[len(change.before) - before :]
-        starts = places(lines, context + change.old + change.after[:after])
+    """Where a change's old lines begin in a script's, by the most context that is in one place; else None."""
+    sizes = sorted(itertools.product(range(4), repeat=2), key=sum, reverse=True)
+    for before, after in sizes:
+        context = change.before[max(0, len(change.before) - before) :]
+        block = context + change.old + change.after[:after]
+        starts = [i for i in range(len(lines) - len(block) + 1) if lines[i : i + len(block)] == block]
         if len(starts) == 1:
-            return starts[0] + before
+            return starts[0] + len(context)
     return None
 
 
@@ -154,10 +126,9 @@ def apply(patch, text, onto):
     for change in patch.changes:
         start = place(lines, change)
         if start is None:
-            sought = (change.old or change.after)[0]
-            order = "; in another order they may fit" if " with " in onto else ""
+            sought = (change.old or change.after or change.before)[0]
             fail(f"{patch.name} doesn't fit {onto}: no place there, or more than one, reads as the patch "
-                 f"expects at `{sought.strip()[:60]}`{order}")  # fmt: skip
+                 f"expects at `{sought.strip()[:60]}`; in another order patches may fit")  # fmt: skip
         lines[start : start + len(change.old)] = change.new
     return "\n".join(lines)
 
@@ -171,12 +142,8 @@ def write_patch(name, base, header, text):
                                    break_long_words=False, break_on_hyphens=False)  # fmt: skip
     old = read_script(ROOT / base).splitlines()
     lines += difflib.unified_diff(old, text.splitlines(), base, script_name(base, [name]), lineterm="")
-    write_text(VARIANTS / f"{name}.patch", "\n".join(lines) + "\n")
-
-
-def write_text(path, text):
-    """Writes a file, whole or not at all, with the same bytes on every system."""
-    fineweb.write_atomic(path, lambda f: f.write(text.encode()))
+    content = "\n".join(lines) + "\n"
+    fineweb.write_atomic(VARIANTS / f"{name}.patch", lambda file: file.write(content.encode()))
 
 
 # ==========================================================================
@@ -194,6 +161,22 @@ def read_script(path):
     return text.rstrip("\n") + "\n"
 
 
+def body(text):
+    """A script without its docstring."""
+    return text.partition(END_OF_DOCSTRING)[2]
+
+
+def short_name(base):
+    """train_gpt2.py -> gpt2."""
+    return base.removeprefix("train_").removesuffix(".py")
+
+
+def script_name(base, names):
+    """The file of variants of one base: ["gpt2-rope", "gpt2-rmsnorm"] -> train_gpt2_rope_rmsnorm.py."""
+    added = [name.removeprefix(short_name(base) + "-") for name in names]
+    return f"train_{'_'.join([short_name(base), *added])}.py".replace("-", "_")
+
+
 def load_text(name, text):
     """The module of a script that needn't be in a file. Raises SystemExit, with one line, if it doesn't run."""
     module = types.ModuleType(name)
@@ -205,76 +188,32 @@ def load_text(name, text):
     return module
 
 
-def body(text):
-    """A script without its docstring."""
-    return text.partition(END_OF_DOCSTRING)[2]
-
-
-def with_docstring_of(original, text):
-    """A script's text, but with another's docstring."""
-    return original.partition(END_OF_DOCSTRING)[0] + END_OF_DOCSTRING + body(text)
-
-
-def short_name(base):
-    """train_gpt2.py -> gpt2."""
-    return base.removeprefix("train_").removesuffix(".py")
-
-
-def script_name(base, names):
-    """The file of variants of one base: ["gpt2-rope", "gpt2-rmsnorm"] -> train_gpt2_rope_rmsnorm.py."""
-    stem = short_name(base)
-    for name in names:
-        stem += "_" + name.removeprefix(short_name(base) + "-")
-    return f"train_{stem}.py".replace("-", "_")
-
-
-def count(text, name):
+def count(name, text):
     """The number of parameters, at full size, of a script that needn't be in a file."""
-    module = load_text(name.removesuffix(".py"), text)
+    module = load_text(name, text)
     try:
-        return parameters.count_parameters(module, module.Config(**module.RECIPE))[0]
+        with torch.device("meta"):
+            model = module.Model(module.Config(**module.RECIPE))
     except Exception as error:  # whatever is wrong in it
-        fail(f"{name} would not run: {type(error).__name__}: {error}")
-
-
-def definition(path, name):
-    """A class's or function's text in a script, without the comment above."""
-    match = re.search(rf"^(?:class|def) {name}\b.*\n(?:(?:    .*)?\n)*", read_script(path), re.MULTILINE)
-    if match is None:
-        fail(f"{path.name} has no {name} that a variant could have the same one of")
-    return match[0].rstrip("\n") + "\n"
-
-
-def copies(text, base):
-    """[(text, what it should be)] of the definitions that a variant has from another script than its base."""
-    found = []
-    for match in COPY.finditer(text):
-        scripts = [sync.SCRIPTS.get(script) for script in re.split(", | and ", match["scripts"])]
-        if None in scripts:
-            fail(f"`# The same in {match['scripts']}.` names a script that is none of "
-                 + ", ".join(sync.SCRIPTS))  # fmt: skip
-        if base not in scripts:
-            theirs = match["theirs"] or match["name"]
-            original = definition(ROOT / scripts[0], theirs)
-            original = re.sub(rf"^(class|def) {theirs}\b", rf"\1 {match['name']}", original)
-            found.append((match["text"].rstrip("\n") + "\n", original))
-    return found
+        fail(f"{name}.py would not run: {type(error).__name__}: {error}")
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def docstring(patches, name, number):
     """A variant's docstring: what it is, its number of parameters, and the base's commands."""
     base = patches[0].base
-    asked = " ".join(patch.name for patch in patches)
     paragraphs = [patch.header["what"] for patch in patches]
     paragraphs += [f"Paper: {patch.header['paper']}" for patch in patches]
-    paragraphs.append(f"Made of {base} by `python -m tools.vary {asked}`. {number:,} parameters with the "
-                      "vocabulary padded to 50,304.")  # fmt: skip
+    paragraphs.append(f"Made of {base} by `python -m tools.vary {' '.join(patch.name for patch in patches)}`. "
+                      f"{number:,} parameters with the vocabulary padded to 50,304.")  # fmt: skip
+    if any('"""' in text or "\\" in text for text in paragraphs):
+        fail(f'{name}: a patch has """ or a backslash on top, which a docstring can\'t hold')
     wrapped = [textwrap.fill(text, 79, break_long_words=False, break_on_hyphens=False) for text in paragraphs]
-    commands = read_script(ROOT / base).partition(END_OF_DOCSTRING)[0]
-    commands = [line.replace(base, name) for line in commands.split("\n") if line.startswith("    ")]
-    for i, line in enumerate(commands):
-        if len(line) > 79:  # by a long name: then it has to do without its comment
-            commands[i] = line.partition("#")[0].rstrip()
+    commands = []
+    for line in read_script(ROOT / base).partition(END_OF_DOCSTRING)[0].split("\n"):
+        if line.startswith("    "):
+            line = line.replace(base, name)
+            commands.append(line if len(line) <= 79 else line.partition("#")[0].rstrip())
     return '"""\n' + "\n\n".join([*wrapped, "\n".join(commands)]) + END_OF_DOCSTRING
 
 
@@ -294,7 +233,7 @@ def make(names):
         text = apply(patch, text, onto)
         onto += f" with {patch.name}"
     name = script_name(base, names)
-    number = count(text, name)
+    number = count(name.removesuffix(".py"), text)
     return name, docstring(patches, name, number) + body(text), base, number
 
 
@@ -314,7 +253,6 @@ class Args:
     parameters: str = ""  # what keeps their number; empty: by how much it changes
     unequal: str = ""  # why their number can't be kept within 1%
     force: bool = False  # overwrite a file that has been edited
-    refresh: bool = False  # make all patches anew from today's scripts
 
 
 def write_script(names, force):
@@ -324,88 +262,49 @@ def write_script(names, force):
     if path.exists() and path.read_text(encoding="utf-8") != text and not force:
         fail(f"{name} is not what this command writes: it was edited, or {base} or the patch was. "
              "Rename it to keep it, or overwrite it with --force")  # fmt: skip
-    write_text(path, text)
-    differing = sum(len(change.old) + len(change.new) for n in names for change in read_patch(n).changes)
+    fineweb.write_atomic(path, lambda file: file.write(text.encode()))
+    differing = sum(len(change.old + change.new) for name in names for change in read_patch(name).changes)
     print(f"{name}: {number:,} parameters, budget {BUDGET:,}; {differing} lines differ from {base}")
     print(f"Next: python {name} --tiny")
 
 
 def save(name, path, args):
     """Makes a patch of an edited copy of a script."""
-    header = {field: getattr(args, field) for field in FIELDS}
-    missing = [f"--{field}" for field in FIELDS[:3] if not header[field]]
-    if missing:
-        fail(f"a patch is read on its own: give {', '.join(missing)}, a sentence each, in quotes")
-    check_header(path.name, header)
     base = f"train_{args.base or name.partition('-')[0]}.py"
-    if base not in sync.SCRIPTS.values():
-        fail(f"{base} is none of the scripts: name another by --base, or call the variant gpt2-NAME")
-    if not re.fullmatch(re.escape(short_name(base)) + r"(-[a-z0-9]+)+", name):
-        fail(f"call the variant {short_name(base)}-NAME, in small letters and digits")
+    if not re.fullmatch(re.escape(short_name(base)) + r"(-[a-z0-9]+)+", name) or not (ROOT / base).is_file():
+        fail(f"--save {name}: call it as the script that it changes, and a name, as gpt2-mine")
     edited = read_script(path)
     original = read_script(ROOT / base)
-    text = with_docstring_of(original, edited)
+    text = original.partition(END_OF_DOCSTRING)[0] + END_OF_DOCSTRING + body(edited)
     if text == original:
         fail(f"{path.name} differs from {base} in its docstring at most: there is nothing to save")
     file = VARIANTS / f"{name}.patch"
     if file.exists() and not args.force:
         fail(f"{file.name} is there already: choose another name, or overwrite it with --force")
-    for ours, theirs in copies(text, base):
-        if ours != theirs:
-            first_line = ours.partition("\n")[0]
-            fail(f"{path.name}: `{first_line}` isn't the same as where it is from: copy it to the letter, "
-                 "or take the comment above away")  # fmt: skip
-    number = count(text, script_name(base, [name]))
-    before = count(original, base)
-    change = (number - before) / before
-    header["parameters"] = header["parameters"] or ("the same" if number == before else f"{change:+.2%}")
-    if abs(change) > 0.01 and not args.unequal:
+    header = read_patch(name).header if file.exists() else {}
+    header |= {field: getattr(args, field) for field in FIELDS if getattr(args, field)}
+    missing = [f"--{field}" for field in FIELDS[:3] if field not in header]
+    if missing:
+        fail(f"a patch is read on its own: give {', '.join(missing)}, a sentence each, in quotes")
+    number = count(path.stem, text)
+    change = number / count(short_name(base), original) - 1
+    header.setdefault("parameters", f"{change:+.2%}" if change else "the same")
+    if abs(change) > 0.01 and "unequal" not in header:
         fail(f"{path.name} has {number:,} parameters, {change:+.1%} against {base}: make them equal, "
              "to 1%, or say by --unequal why they can't be")  # fmt: skip
-    write_patch(name, base, header, text)
+    patch = Patch(name, base, header, [])
+    docstring([patch], path.name, number)  # which says if it can't be
+    write_patch(name, base, {field: header[field] for field in FIELDS if field in header}, text)
     if apply(read_patch(name), original, base) != text:
         raise AssertionError(f"{file} doesn't give {path} back")
-    print(f"saved {file.relative_to(ROOT)}: {number:,} parameters, budget {BUDGET:,}")
-
-
-def refresh():
-    """Makes all patches anew: line numbers, and what they have from other scripts.
-
-    Raises SystemExit, after the others are made, if some no longer fit their base.
-    """
-    unfit = []
-    for name in variants():
-        patch = read_patch(name)
-        file = VARIANTS / f"{name}.patch"
-        before = file.read_bytes()
-        try:
-            text = apply(patch, read_script(ROOT / patch.base), patch.base)
-        except SystemExit as error:
-            unfit.append(str(error))
-            continue
-        for ours, theirs in copies(text, patch.base):
-            text = text.replace(ours, theirs)
-        write_patch(name, patch.base, patch.header, text)
-        if file.read_bytes() != before:
-            print(f"{file.name}: made anew")
-    if unfit:
-        fail(f"{len(unfit)} no longer fit their base and have to be edited by hand: {'; '.join(unfit)}")
-
-
-def show_list():
-    """Prints each variant's name and what it is."""
-    width = max(map(len, variants()), default=0)
-    for name in variants():
-        what = read_patch(name).header["what"]
-        print(textwrap.fill(f"{name:{width}}  {what}", 79, subsequent_indent=" " * (width + 2)))
+    print(f"saved {file}: {number:,} parameters, budget {BUDGET:,}")
 
 
 def main():
     args = parse(Args, "tools.vary", __doc__)
     if args.list:
-        show_list()
-    elif args.refresh:
-        refresh()
+        for name in variants():
+            print(textwrap.fill(f"{name:20}  {read_patch(name).header['what']}", 79, subsequent_indent=" " * 22))
     elif args.save:
         if len(args.names) != 1:
             fail("--save NAME wants one script beside the name, as --save gpt2-mine train_mine.py")

@@ -1,11 +1,9 @@
 """What the tools and the tests ask of a script's model without training it."""
 import dataclasses
-import importlib
-import subprocess
 
 import torch
 
-from tools.common import ROOT, table
+from tools.runs import find_script
 
 
 def make_model(script, config):
@@ -28,6 +26,10 @@ class Parameters:
     evaluated: int  # those that a forward pass in evaluation uses
     active: int  # those that work on one token in training
     embedding: int  # of the trained ones, those that are looked up: tokens, and positions if learned
+
+    @property
+    def non_embedding(self):
+        return self.trained - self.embedding
 
 
 def leaves(output):
@@ -70,19 +72,20 @@ def all_parameters(script, config):
     )
 
 
-def scripts_table():
-    """Each training script's size, cost and distance from train_gpt2.py, at full size, as Markdown."""
-    original = ROOT / "train_gpt2.py"
-    head = ["script", "parameters", "evaluated", "active", "embedding", "FLOPs per token, forward"]
-    rows = []
-    for path in sorted(ROOT.glob("train_*.py"), key=lambda path: (path != original, path.name)):
-        script = importlib.import_module(path.stem)
-        config = script.Config()
+def parameters_of(run):
+    """The Parameters of today's model of a run's shape; None if there is no such model."""
+    script = find_script(run)
+    if script is None:
+        return None
+    known = {field.name for field in dataclasses.fields(script.Config)}
+    fields = {name: value for name, value in run.renamed_config().items() if name in known}
+    try:
+        config = script.Config(**fields)
+        total, _ = count_parameters(script, config)
+        if total != run.facts["parameters"]:
+            return None  # the script has changed
         found = all_parameters(script, config)
-        flops = make_model(script, config).flops_per_token()
-        diff = subprocess.run(["diff", original, path], stdout=subprocess.PIPE, encoding="utf-8", check=False)
-        row = [f"[`{path.name}`]({path.name})", f"{found.trained:,}"]
-        row += [f"{count / 1e6:.1f} M" for count in (found.evaluated, found.active, found.embedding)]
-        n_lines = sum(line.startswith(("<", ">")) for line in diff.stdout.splitlines())
-        rows.append([*row, f"{flops / 1e6:.0f} M", str(n_lines)])
-    return table([*head, "lines unlike train_gpt2.py"], rows)
+    except (TypeError, ValueError, RuntimeError, AttributeError, SystemExit):
+        return None  # a shape that it doesn't take, or a model of one's own with another interface
+    found.active = run.facts.get("active_parameters", found.active)
+    return found
