@@ -113,9 +113,11 @@ def check_study(where, study):
     """Raises SystemExit, with one line, for a study that makes no sense."""
     if not (study.sizes and study.seeds and study.rates and study.inits and study.runs):
         fail(f"{where}: needs at least one of sizes, seeds, rates, inits and runs")
-    for factor in (*study.rates, *study.inits, *study.seeds):
-        if factor != "own" and (isinstance(factor, str) or not 0 <= factor < math.inf):
-            fail(f'{where}: a seed, rate or init can\'t be {factor}; a rate may be "own"')
+    for factor in (*study.rates, *study.inits):
+        if factor != "own" and (isinstance(factor, str) or not 0 < factor < math.inf):
+            fail(f'{where}: {factor} is neither a positive number nor the rate "own"')
+    if min(study.seeds) < 0:
+        fail(f"{where}: seeds must be at least 0")
     tables = [study.options]
     sizes = [*study.sizes, *study.max_steps]
     for name, entry in study.runs.items():
