@@ -11,6 +11,7 @@ import fineweb
 from fineweb import fail
 from tools import study as package
 from tools.common import parse, short, table
+from tools.compare.runs import Unreadable
 from tools.study import files, kept, runner
 from tools.study.jobs import make_plan
 
@@ -123,22 +124,21 @@ def main():
     if not args.dry and jobs:
         fineweb.lock(out, "one start of a study at a time")
     fingerprints = look_at_data(jobs, args.dry)
-    outdated = kept.look_up(jobs, fingerprints, args)
+    try:
+        outdated = kept.look_up(jobs, fingerprints, args)
+        for path in args.reuse:
+            print(f"{kept.reuse(jobs, fingerprints, path, args)} of {len(jobs)} runs are taken from {path}")
+    except Unreadable as reason:
+        fail(f"{reason}: take the line out, and its run is read from log/ or made again")
     if outdated:
         print(f"note: kept as done, though their scripts have another text now: {', '.join(outdated)}")
-    for path in args.reuse:
-        print(f"{kept.reuse(jobs, fingerprints, path, args)} of {len(jobs)} runs are taken from {path}")
     stopped = False
     if args.dry:
         show_commands(jobs, args)
     elif any(job.state == "to come" for job in jobs):
         stopped = runner.run_jobs(jobs, args, out)
     show_losses(jobs)
-    alike = {}
-    for job in jobs:
-        if job.state == "failed":
-            alike.setdefault(job.why, []).append(job.name)
-    problems += [f"{', '.join(names)}: {why}" for why, names in alike.items()]
+    problems += [f"{job.name}: {job.why}" for job in jobs if job.state == "failed"]
     for problem in problems:
         print(f"failed    {problem}")
     if stopped:

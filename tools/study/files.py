@@ -29,9 +29,7 @@ class Size(msgspec.Struct, forbid_unknown_fields=True):
     about: str
     tiny: bool = False
     max_lr: float | None = None
-    min_lr_part: float = 0.1  # of max_lr
     max_steps: int | None = None
-    warmup_part: float | None = None  # of max_steps
     evaluations: int | None = None
     options: Options = {}
     model: dict[str, Options] = {}  # of a script or a variant
@@ -46,7 +44,6 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     variants: list[str] = []
     options: Options = {}
     at: dict[str, Options] = {}  # options at a size
-    sizes: list[str] | None = None  # where it is not at all of the study's
     unequal: str | None = None  # why its parameters are not within 2% of its base's
 
     def bases(self):
@@ -93,8 +90,8 @@ def read_sizes():
 
 def read_study(name):
     """The Study of a name, a file, or a variant with its base. Raises SystemExit, with one line."""
-    path = Path(name) if name.endswith(".toml") else STUDIES / f"{name}.toml"
-    if path.suffix == ".toml" and (path.exists() or path != STUDIES / f"{name}.toml"):
+    path = STUDIES / f"{name}.toml" if name in study_names() else Path(name)
+    if path.suffix == ".toml":
         study = read_toml(path, Study)
         study.name = path.stem
     elif name in vary.variants():
@@ -122,7 +119,7 @@ def check_study(where, study):
     sizes = [*study.sizes, *study.max_steps]
     for name, entry in study.runs.items():
         tables += [entry.options, *entry.at.values()]
-        sizes += [*entry.at, *(entry.sizes or [])]
+        sizes += entry.at
         if not PLAIN_NAME.fullmatch(name):
             fail(f"{where}: {name!r} is to be a part of a folder's name: letters, digits, dots and dashes")
         for base in entry.bases():

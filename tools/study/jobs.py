@@ -132,19 +132,18 @@ class Job:
 
 
 def schedule(size, steps, rate, own):
-    """The options for the schedule of a run; own: the script's Config without them."""
+    """The options for a run's schedule, with the parts of warm-up and last rate of own, the script's Config."""
     options = {}
     steps = steps or size.max_steps
     if steps:
-        part = own.warmup_steps / own.max_steps if size.warmup_part is None else size.warmup_part
         every = math.inf if size.evaluations else own.eval_every
         options["max_steps"] = steps
-        options["warmup_steps"] = round(part * steps)
+        options["warmup_steps"] = round(own.warmup_steps / own.max_steps * steps)
         options["eval_every"] = max(1, min(every, steps // (size.evaluations or 4)))
     if size.max_lr or rate != 1:
         max_lr = (size.max_lr or own.max_lr) * rate
         options["max_lr"] = float(f"{max_lr:.6g}")  # without the last digits of a product
-        options["min_lr"] = float(f"{max_lr * size.min_lr_part:.6g}")
+        options["min_lr"] = float(f"{max_lr * own.min_lr / own.max_lr:.6g}")
     return options
 
 
@@ -194,7 +193,7 @@ def make_plan(study, sizes, args):
     for size in sizes:
         here = []
         for name in study.bases_first():
-            if (not args.only or name in args.only) and size in (study.runs[name].sizes or study.sizes):
+            if not args.only or name in args.only:
                 try:
                     here += plan_entry(study, size, name, args)
                 except SystemExit as reason:

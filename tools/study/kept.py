@@ -62,21 +62,9 @@ def set_done(job, run):
 
 
 def read(collection):
-    """{name: Run} of a collection, empty if it isn't there. Raises SystemExit if it can't be read."""
-    try:
-        found = runs.read_collection(collection) if runs.is_collection(collection) else []
-    except runs.Unreadable as reason:
-        fail(f"{reason}: take the line out, and its run is read from log/ or made again")
+    """{name: Run} of a collection, empty if it isn't there. Raises runs.Unreadable."""
+    found = runs.read_collection(collection) if runs.is_collection(collection) else []
     return {run.folder.name: run for run in found}
-
-
-def add_to(collection, finished):
-    """Adds runs to a collection. SystemExit, with a line, if it can't be read or written."""
-    try:
-        if finished:
-            runs.add_to_collection(collection, finished)
-    except runs.Unreadable as reason:
-        fail(f"{collection} can't be added to: {reason}")
 
 
 def look_up(jobs, fingerprints, args):
@@ -100,8 +88,8 @@ def look_up(jobs, fingerprints, args):
             set_done(job, run)
             missing += [run] * (job.name not in collected)
             outdated += [job.name] * (run.script_hash not in (None, job.source.hash))
-    if not args.dry:
-        add_to(args.collect, missing)
+    if missing and not args.dry:
+        runs.add_to_collection(args.collect, missing)
     return outdated
 
 
@@ -124,6 +112,6 @@ def reuse(jobs, fingerprints, path, args):
                 taken.append(dataclasses.replace(run, folder=job.folder, study=job.place))
                 set_done(job, run)
                 break
-    if not args.dry:
-        add_to(args.collect, taken)
+    if taken and not args.dry:
+        runs.add_to_collection(args.collect, taken)
     return len(taken)

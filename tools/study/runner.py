@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import fineweb
 from tools.common import ROOT
+from tools.compare.runs import add_to_collection
 from tools.study import kept
 
 # Runs a training script, or torchrun. When the study ends, however that is, its side of the pipe closes:
@@ -83,7 +84,7 @@ def start(job, args, out):
 
 def finished(job, run, args):
     """Keeps a job's run."""
-    kept.add_to(args.collect, [run])
+    add_to_collection(args.collect, [run])
     kept.set_done(job, run)
     tqdm.write(f"finished  {job.name}: loss {run.loss:.4f}, {time.monotonic() - job.started:.0f} s")
 

@@ -88,7 +88,7 @@ def read_patch(name):
     try:
         (file,) = unidiff.PatchSet(text)
     except (unidiff.UnidiffParseError, ValueError) as error:
-        fail(f"{path.name} is no unified diff of one script: {error}")
+        fail(f"{path.name} is no unified diff of one script: {str(error).strip()}")
     if not (ROOT / file.source_file).is_file():
         fail(f"{path.name} changes {file.source_file}, which isn't here")
     return Patch(name, file.source_file, header, [change for hunk in file for change in changes_of(hunk)])
