@@ -78,14 +78,7 @@ def test_the_sizes_of_words():
         assert parameters(plan["gpt2"]) - embedding == pytest.approx(blocks, rel=0.02)
         assert (gpt2.vocab_size, gpt2.block_size, gpt2.val_tokens) == (4096, 512, 2**20)
         assert plan["gpt2"].tokens == pytest.approx(8.4e6, rel=0.01)
-        assert (plan["mistral"].config.window, plan["gemma"].config.window) == (256, 128)  # 1/2, 1/4, as in full
-
-
-def test_the_learning_rates_follow_their_line():
-    for name, size in files.read_sizes().items():
-        if size.max_lr:
-            rate = 6e-4 * (124e6 / (float(name.strip("wM")) * 1e6)) ** 0.24
-            assert size.max_lr == pytest.approx(rate, rel=0.06), name
+        assert (plan["mistral"].config.window, plan["gemma"].config.window) == (256, 128)
 
 
 def test_the_schedule_of_a_size_and_of_another_budget():
@@ -107,8 +100,10 @@ def test_the_schedule_of_a_size_and_of_another_budget():
 
 def test_own_rates(monkeypatch):
     monkeypatch.setitem(files.read_sizes()["0.25M"].own_rate, "llama", 2.0)
-    plan, _ = jobs.make_plan(files.read_study("architectures"), ["0.25M"], asked(only=["gpt2", "llama"], seeds=[1]))
-    assert [job.name for job in plan] == [f"architectures-0.25M-{name}-1" for name in ("gpt2", "llama", "llama-x2")]
+    found = files.read_study("architectures")
+    plan, _ = jobs.make_plan(found, ["0.25M"], asked(only=["gpt2", "llama"], seeds=[1]))
+    names = [f"architectures-0.25M-{name}-1" for name in ("gpt2", "llama", "llama-x2")]
+    assert [job.name for job in plan] == names
     assert plan[2].config.max_lr == 2 * plan[1].config.max_lr
     place = {"name": "architectures", "size": "0.25M", "entry": "llama", "base": "gpt2", "rate": 2.0}
     assert plan[2].place == place
@@ -141,27 +136,13 @@ def test_scaled_inits_are_the_same_numbers_times_the_factor(name):
     assert scaled > 0.98 * sum(p.numel() for p in models[0].parameters())
 
 
-def test_bases_come_first():
-    for name in files.study_names():
-        study = files.read_study(name)
-        ordered = study.bases_first()
-        for entry in ordered:
-            assert all(ordered.index(base) < ordered.index(entry) for base in study.runs[entry].bases())
-
-
-def test_the_list(run):
-    status, said = run(study, "--list")
-    assert status == 0
-    for name in ("ablations", "architectures", "controls", "hybrids", "titan"):
-        assert f"\n{name}: " in "\n" + said
-
-
 def test_dry_run_of_a_variant(run):
     status, said = run(study, "gpt2-rope", "--size", "0.25M", "--seeds", "4", "--dry")
     lines = said.splitlines()
     assert status == 0 and lines[0].startswith("python train_gpt2.py --tiny ")
     assert lines[0].endswith("--n_embd 64 --seed 4 --run_name gpt2-rope-0.25M-gpt2-4")
-    assert " log/gpt2-rope-0.25M-gpt2-rope-4/train_gpt2_rope.py --tiny " in lines[1] and "--max_lr 0.0028 " in lines[1]
+    assert " log/gpt2-rope-0.25M-gpt2-rope-4/train_gpt2_rope.py --tiny " in lines[1]
+    assert "--max_lr 0.0028 " in lines[1]
     assert os.listdir() == []  # nothing was started
 
 
@@ -369,7 +350,13 @@ def test_a_run_that_another_process_has_is_waited_for(fake, run):
     lock = filelock.FileLock(folder / ".lock", thread_local=False)
     lock.acquire()
     (folder / ".lock.holder").write_text("process 4711 on here")
-    thread = threading.Timer(6, lock.release)
+    out = Path("report/st/out/st-0.25M-one-1.txt").resolve()
+
+    def release():
+        wait_for(lambda: out.exists() and "is in use by" in out.read_text())
+        lock.release()
+
+    thread = threading.Thread(target=release)
     thread.start()
     status, said = run(study, "st.toml", "--seeds", "1")
     thread.join()
@@ -599,13 +586,6 @@ def test_a_study_that_makes_no_sense_is_one_line(fake, run, change, word):
 def test_a_wrong_command_line_is_one_line(run, options, word):
     status, said = run(study, *options)
     assert status == 1 and word in said and said.count("\n") == 1, said
-
-
-def test_a_damaged_collection_is_said(fake, run):
-    Path("report/st").mkdir(parents=True)
-    Path("report/st/runs.jsonl").write_text('{"name": "x"\n')
-    status, said = run(study, "st.toml")
-    assert status == 1 and "report/st/runs.jsonl, line 1 " in said and not Path("log").exists()
 
 
 def test_steps_of_a_log(tmp_path):

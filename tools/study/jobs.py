@@ -132,7 +132,7 @@ class Job:
 
 
 def schedule(size, steps, rate, own):
-    """The options for a run's schedule, with the parts of warm-up and last rate of own, the script's Config."""
+    """The options for a run's schedule; its parts for warm-up and last rate are those of own, a Config."""
     options = {}
     steps = steps or size.max_steps
     if steps:

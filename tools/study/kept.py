@@ -23,10 +23,10 @@ def why_other(job, facts, fingerprint, where):
     """
     cure = "choose another --collect, or move it away"
     for name in differing(job.config, facts["config"]):
-        return (f"the run of that name in {where} has --{name} {facts['config'].get(name)}, but the study asks "
-                f"for {getattr(job.config, name)}: {cure}")  # fmt: skip
+        ours, theirs = getattr(job.config, name), facts["config"].get(name)
+        return f"the run of that name in {where} has --{name} {theirs}, but the study asks for {ours}: {cure}"
     if fingerprint and facts["data"]["fingerprint"] not in ("", fingerprint):
-        return f"the run of that name in {where} has seen other data than those in {job.config.data_dir}: {cure}"
+        return f"the run in {where} has seen other data than those in {job.config.data_dir}: {cure}"
     return ""
 
 

@@ -104,6 +104,7 @@ def settle(job, stopping, args, out):
     if stopping:
         tqdm.write(f"stopped   {job.name} at step {job.step} of {job.config.max_steps}")
     elif " is in use by " in line:
+        job.started = time.monotonic()  # so that the others go first
         tqdm.write(f"waiting   {line}")
     else:
         job.state = "failed"

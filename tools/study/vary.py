@@ -178,7 +178,7 @@ def script_name(base, names):
 
 
 def load_text(name, text):
-    """The module of a script that needn't be in a file. Raises SystemExit, with one line, if it doesn't run."""
+    """The module of a script that needn't be in a file. Raises SystemExit if it doesn't run."""
     module = types.ModuleType(name)
     module.__file__ = str(ROOT / f"{name}.py")
     try:
@@ -204,8 +204,9 @@ def docstring(patches, name, number):
     base = patches[0].base
     paragraphs = [patch.header["what"] for patch in patches]
     paragraphs += [f"Paper: {patch.header['paper']}" for patch in patches]
-    paragraphs.append(f"Made of {base} by `python -m tools.vary {' '.join(patch.name for patch in patches)}`. "
-                      f"{number:,} parameters with the vocabulary padded to 50,304.")  # fmt: skip
+    asked = " ".join(patch.name for patch in patches)
+    paragraphs.append(f"Made of {base} by `python -m tools.vary {asked}`. {number:,} parameters with the "
+                      "vocabulary padded to 50,304.")  # fmt: skip
     if any('"""' in text or "\\" in text for text in paragraphs):
         fail(f'{name}: a patch has """ or a backslash on top, which a docstring can\'t hold')
     wrapped = [textwrap.fill(text, 79, break_long_words=False, break_on_hyphens=False) for text in paragraphs]
@@ -304,7 +305,8 @@ def main():
     args = parse(Args, "tools.vary", __doc__)
     if args.list:
         for name in variants():
-            print(textwrap.fill(f"{name:20}  {read_patch(name).header['what']}", 79, subsequent_indent=" " * 22))
+            what = read_patch(name).header["what"]
+            print(textwrap.fill(f"{name:20}  {what}", 79, subsequent_indent=" " * 22))
     elif args.save:
         if len(args.names) != 1:
             fail("--save NAME wants one script beside the name, as --save gpt2-mine train_mine.py")
