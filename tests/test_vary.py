@@ -104,7 +104,7 @@ def test_what_it_has_from_another_script_is_the_same_to_the_letter(name):
 
 
 def test_initial_deviations_go_by_width(name):
-    """0.02 at 768 channels, and behind a latent by its own; DeepSeek's and RWKV-7's are as their bases say."""
+    """0.02 at 768 channels, and behind a latent by its own; DeepSeek's and RWKV-7's are their bases'."""
     if name.startswith(("deepseek", "rwkv")):
         return
     script = load(name)
@@ -122,7 +122,7 @@ def test_initial_deviations_go_by_width(name):
 
 def behaves(script):
     """Learns with every parameter, sees no later token, decodes as it reads, takes 16 bits."""
-    model = make(script, torch.float64).eval()  # since the rounding of RWKV-7's chunks depends on later tokens
+    model = make(script, torch.float64).eval()  # the rounding of RWKV-7's chunks sees later tokens
     idx = tokens(1, 48)
     with torch.no_grad():
         before = model(idx)[0]
@@ -364,7 +364,7 @@ def test_titan_is_what_its_two_patches_make():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with the seven scripts and two patches, which tools.vary works on; train_mine.py is GPT-2 with ReLU."""
+    """A folder with the scripts and some patches for tools.vary; train_mine.py is GPT-2 with ReLU."""
     for name in sync.SCRIPTS.values():
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "variants").mkdir()
@@ -373,7 +373,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(vary, "ROOT", tmp_path)
     monkeypatch.setattr(vary, "VARIANTS", tmp_path / "variants")
     monkeypatch.chdir(tmp_path)
-    change(tmp_path / "train_gpt2.py", 'F.gelu(self.up(x), approximate="tanh")', "F.relu(self.up(x))", "train_mine.py")
+    gelu = 'F.gelu(self.up(x), approximate="tanh")'
+    change(tmp_path / "train_gpt2.py", gelu, "F.relu(self.up(x))", "train_mine.py")
     return tmp_path
 
 
@@ -473,7 +474,7 @@ def test_save_gives_the_same_bytes_back(here, call):
 def test_an_edited_script_that_isnt_fit_is_not_saved(here, call):
     change(here / "train_gpt2.py", "4 * config.n_embd)", "5 * config.n_embd)", "train_wide.py")
     assert "+11.4%" in call("--save", "gpt2-wide", "train_wide.py", *SAID)[0]
-    change(here / "train_gpt2.py", "self.norm = Norm(config.n_embd)", "self.norm = Norm(config.embd)", "train_bad.py")
+    change(here / "train_gpt2.py", "self.norm = Norm(config.n_", "self.norm = Norm(config.", "train_bad.py")
     assert "embd" in call("--save", "gpt2-bad", "train_bad.py", *SAID)[0]
     assert not list((here / "variants").glob("gpt2-[wb]*"))
     assert call("--save", "gpt2-wide", "train_wide.py", *SAID, "--unequal", "Width is asked.")[0] is None
@@ -488,7 +489,8 @@ LINES = st.lists(st.integers(0, 40), max_size=60, unique=True)
 def test_a_diff_gives_the_other_text_back(old, new):
     texts = ["".join(f"{line}\n" for line in ("begin", *lines, "end")) for lines in (old, new)]
     lines = difflib.unified_diff(*(text.splitlines() for text in texts), "a", "b", lineterm="")
-    changes = [c for file in unidiff.PatchSet("\n".join(lines)) for hunk in file for c in vary.changes_of(hunk)]
+    hunks = [hunk for file in unidiff.PatchSet("\n".join(lines)) for hunk in file]
+    changes = [change for hunk in hunks for change in vary.changes_of(hunk)]
     assert vary.apply(vary.Patch("x", "y", {}, changes), texts[0], "y") == texts[1]
 
 
