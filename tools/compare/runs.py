@@ -26,7 +26,7 @@ BUDGET_FIELDS = ("max_steps", "batch_tokens", "val_tokens")
 # what may differ between seeds of one model, beside the seed
 VARYING_FIELDS = (
     "run_name", "data_dir", "hellaswag", "device", "micro_batch", "compile", "log_every", "prompt",
-    "sample_tokens", "temperature", "top_k", "samples",
+    "sample_tokens", "temperature", "top_k", "samples", "tiny", "resume", "eval", "sample",
 )  # fmt: skip
 COLLECTION = "runs.jsonl"
 THINNED = 50  # of the training steps a collection keeps one in so many
