@@ -1,0 +1,223 @@
+"""
+From what was counted to tokens/s, and the table: of an estimate, a measurement,
+or both.
+"""
+import collections
+import dataclasses
+import math
+import statistics
+
+from tools.common import table
+
+TOKENS = 10_000_000_000
+
+
+@dataclasses.dataclass
+class GPU:
+    """A GPU by its data sheet, with dense products; attention as calibrated (see estimate)."""
+
+    name: str  # as torch says it
+    bf16: float  # FLOP/s
+    tf32: float
+    fp32: float  # outside of the tensor cores
+    bandwidth: float  # of its memory, bytes/s
+    gib: float  # memory that torch finds
+    sms: int
+    capability: int
+    shared: int  # shared memory that a block can have, bytes
+    attention: tuple  # FLOP/s forward and backward, causal, 1,024 tokens, heads of 64 channels
+
+
+GPUS = {
+    "a100": GPU("NVIDIA A100-SXM4-80GB", 312e12, 156e12, 19.5e12, 2.039e12, 79.3, 108, 80, 166_912,
+                (110e12, 85e12)),  # FlashAttention-2
+    "h100": GPU("NVIDIA H100 80GB HBM3", 989e12, 494e12, 67e12, 3.35e12, 79.2, 132, 90, 232_448,
+                (250e12, 180e12)),  # cuDNN's
+    "h200": GPU("NVIDIA H200", 989e12, 494e12, 67e12, 4.8e12, 139.8, 132, 90, 232_448, (250e12, 180e12)),
+}  # fmt: skip
+
+PRODUCTS = 0.7  # of the peak
+CONVOLUTIONS = 0.25  # depthwise ones, of the peak without tensor cores
+MEMORY = 0.85  # of the bandwidth
+LAUNCH = 3e-6  # seconds that a kernel takes at least
+
+ASSUMED = f"""\
+Estimate: one kernel after the other, each the larger of its FLOPs and its bytes: products at {PRODUCTS:.0%} of
+the peak, attention at 110/85 (A100) or 250/180 TFLOP/s (Hopper) forward/backward, depthwise convolutions at
+{CONVOLUTIONS:.0%} of fp32, memory at {MEMORY:.0%}, at least {LAUNCH * 1e6:.0f} µs each. 8 GPUs are taken for 8 times as fast as one.
+Where it could be checked: build-nanogpt's model on an A100 188k tokens/s, published 176k to 182k;
+modded-nanogpt's of October 2024 on an H100 469k, its log 462k. Other kinds of kernels weren't checked.
+Not known: whether the numbers are right, how fast a kernel really is (small matrices, sorts and top-k take
+longer than their bytes), which configuration autotuning takes, whether cuBLAS and cuDNN take the shapes,
+the CPU's time for launches, the network between GPUs."""
+
+# ==========================================================================
+# Estimate
+
+
+def seconds(call, gpu, window):
+    """(seconds that a call takes by the estimate, its kind, its FLOPs)."""
+    kind = "rest"
+    flops = call.flops
+    peak = gpu.tf32 * PRODUCTS
+    if "flex_attention" in call.name or "scaled_dot_product" in call.name:
+        kind = "attention"
+        backward = "backward" in call.name
+        peak = gpu.attention[backward]
+        if call.kind == "triton":
+            flops = flex_flops(call.shapes, window, backward)
+    elif call.name in ("convolution", "convolution_backward"):
+        kind = "convolutions"
+        peak = gpu.fp32 * CONVOLUTIONS
+        flops = convolution_flops(call)
+    elif flops:
+        kind = "products"
+        if call.dtype in ("bfloat16", "float16"):
+            peak = gpu.bf16 * PRODUCTS
+    return max(flops / peak, call.n_bytes / (gpu.bandwidth * MEMORY), LAUNCH), kind, flops
+
+
+def flex_flops(shapes, window, backward):
+    """FLOPs of a flex_attention kernel: of the scores that a causal window lets through, two products each.
+
+    shapes: those of its arguments, of which the queries (B, H, T, D) are the largest. Backward are five.
+    """
+    B, H, T, D = max((shape for shape in shapes if len(shape) == 4), key=math.prod)
+    window = min(window, T)
+    scores = B * H * (window * T - window * (window - 1) // 2)
+    return scores * D * 2 * (5 if backward else 2)
+
+
+def convolution_flops(call):
+    """FLOPs of a convolution without padding; backward of input and weights."""
+    shapes = call.shapes[:2] if call.name == "convolution" else call.shapes[1:3]
+    (B, _, *size), (channels, *kernel) = shapes
+    outputs = B * channels * math.prod(n - k + 1 for n, k in zip(size, kernel[1:]))
+    return 2 * outputs * math.prod(kernel) * (1 if call.name == "convolution" else 2)
+
+
+def estimate(calls, record, gpu, window):
+    """Per token: bytes, FLOPs and seconds of each kind, of a step of record["batch_tokens"].
+
+    calls: of a step of record["micro_batches"]; the whole one has more of them, but one update of the
+    weights, and adds gradients to those of the micro-batches before.
+    """
+    micro_tokens = record["rows"] * record["tokens"]
+    n_bytes = collections.Counter()
+    n_flops = collections.Counter()
+    time = collections.Counter()
+    launches = 0
+    for call in calls:
+        needed, kind, flops = seconds(call, gpu, window)
+        tokens = record["micro_batches"] * micro_tokens
+        if call.graph == "update":
+            kind = "update"
+            tokens = record["batch_tokens"]
+        else:
+            launches += 1
+        n_bytes[kind] += call.n_bytes / tokens
+        n_flops[kind] += flops / tokens
+        time[kind] += needed / tokens
+    added = 12 * record["parameters"] * (record["batch_tokens"] // micro_tokens - 1) / record["batch_tokens"]
+    n_bytes["update"] += added
+    time["update"] += added / (gpu.bandwidth * MEMORY)
+    return {
+        "launches": launches // record["micro_batches"],
+        "bytes_per_token": dict(n_bytes), "flops_per_token": dict(n_flops),
+        "seconds_per_token": dict(time), "tokens_per_second": 1 / sum(time.values()),
+        "bound": 1 / max(sum(n_flops.values()) / gpu.bf16, sum(n_bytes.values()) / gpu.bandwidth),
+    }  # fmt: skip
+
+
+def kernels(compiled):
+    """What compiling the kernels showed: those that spill or can't run, in the best of their configurations."""
+    spilling = {}
+    unfit = {}
+    for name, configs in compiled.items():
+        possible = [spilled for _, spilled, _, why in configs if not why]
+        if not possible:
+            unfit[name] = configs[0][3]
+        elif min(possible):
+            spilling[name] = min(possible)
+    return {"kernels": len(compiled), "configurations": sum(map(len, compiled.values())),
+            "spilling": spilling, "unfit": unfit}  # fmt: skip
+
+
+# ==========================================================================
+# In words
+
+
+def of_kinds(per_token, scale, digits):
+    """The sum of a quantity per token, and its largest parts."""
+    parts = sorted(per_token.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{kind} {value * scale:.{digits}f}" for kind, value in parts if value * scale >= 0.005)
+    return f"{sum(per_token.values()) * scale:.{digits}f} ({text})"
+
+
+def column(record, price):
+    """{what: a cell} of one script's report."""
+    cells = {"GPU": GPUS[record["gpu"]].name, "torch": record["torch"]}
+    cells["micro-batch that it chooses"] = f"{record['chosen_rows']} rows of {record['tokens']:,} tokens"
+    cells["counted with"] = f"{record['rows']} rows"
+    if "error" in record:
+        return cells | {"compiles": f"no: {record['error']}"}
+    graphs = ", ".join(f"{n} {kind}" for kind, n in record["graphs"].items())
+    cells["compiles"] = f"yes: {graphs}"
+    cells["graph breaks"] = str(sum(record["breaks"].values())) + "".join(f"; {why}" for why in record["breaks"])
+    cells["Triton kernels"] = f"{record['kernels']} in {record['configurations']} configurations"
+    worst = sorted(record["spilling"].items(), key=lambda item: -item[1])
+    named = "".join(f"; {name[:60]} {words} words" for name, words in worst[:3])
+    cells["that spill"] = f"{len(worst)}{named}"
+    named = "".join(f"; {name[:60]}: {why}" for name, why in record["unfit"].items())
+    cells["that can't run"] = f"{len(record['unfit'])}{named}"
+    cells["launches a micro-batch"] = f"{record['launches']:,}"
+    cells["peak memory"] = f"{record['peak'] / 1e9:.1f} GB (between steps {record['resident'] / 1e9:.1f})"
+    cells["MB a token"] = of_kinds(record["bytes_per_token"], 1e-6, 2)
+    cells["GFLOP a token"] = of_kinds(record["flops_per_token"], 1e-9, 2)
+    cells["µs a token"] = of_kinds(record["seconds_per_token"], 1e6, 2)
+    rate = record["tokens_per_second"]
+    cells["tokens/s"] = f"{rate:,.0f} (at most {record['bound']:,.0f})"
+    hours = TOKENS / rate / 3600
+    cells["10B tokens"] = f"{hours:.1f} h on 1, {hours / 8:.1f} h on 8"
+    if price:
+        cells["cost"] = f"{hours * price:,.0f} USD at {price:g} an hour and GPU"
+    return cells
+
+
+def side_by_side(records, price=0.0):
+    """The reports of records as a table, a column each."""
+    columns = [column(record, price) for record in records]
+    names = list(columns[0] | columns[-1])
+    rows = [[name, *(cells.get(name, "–") for cells in columns)] for name in names]
+    return table(["", *(record["script"] for record in records)], rows)
+
+
+HEAD = ["", "GPU", "rows", "peak", "MB/token", "GFLOP/token", "kernels", "spill", "tokens/s, estimated", "measured",
+        "10B: 1, 8"]  # fmt: skip
+
+
+def summary(records):
+    """One row for each record, with what a real GPU measured where it did."""
+    rows = []
+    for record in records:
+        cells = [record["script"].removesuffix(".py").removeprefix("train_"), record["gpu"]]
+        measured = record.get("measured", {})
+        cells += [str(measured.get("rows") or record.get("rows", "–"))]
+        rate = None
+        if "tokens_per_second" in record:
+            rate = record["tokens_per_second"]
+            spills = [words for words in record["spilling"].values() if words >= 16]
+            cells += [f"{record['peak'] / 1e9:.1f} GB", f"{sum(record['bytes_per_token'].values()) / 1e6:.2f}",
+                      f"{sum(record['flops_per_token'].values()) / 1e9:.2f}", str(record["kernels"]),
+                      f"{len(spills)}, most {max(spills)}" if spills else "0", f"{rate / 1000:,.0f}k"]  # fmt: skip
+        else:
+            cells += [f"no: {record['error']}" if "error" in record else "–", *["–"] * 5]
+        if "rates" in measured:
+            rate = statistics.median(measured["rates"])
+            cells.append(f"{rate / 1000:,.0f}k, {measured['peak'] / 1e9:.1f} GB, {measured['curve']}")
+        else:
+            cells.append("–")
+        hours = TOKENS / rate / 3600 if rate else 0
+        cells.append(f"{hours:.1f} h, {hours / 8:.1f} h" if rate else "–")
+        rows.append(cells)
+    return table(HEAD, rows)
