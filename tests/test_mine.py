@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tools import bench, export, runs, sync, table
+from tools import export, runs, sync, table
 
 SHORT = [
     "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4",
@@ -114,11 +114,6 @@ def test_a_script_that_has_gone_or_broken_is_one_line(mine, monkeypatch, small_s
     torch.save(torch.load(path, weights_only=True) | {"script": "shutil"}, path)
     with pytest.raises(SystemExit, match="made by shutil.py, which is no training script"):
         call(monkeypatch, export, "log/mine-tiny", "--out", "hf/mine")
-
-
-def test_bench_takes_it_as_one_more(mine, monkeypatch):
-    monkeypatch.setattr(bench, "ROOT", mine.parent)
-    assert "mine" in bench.names() and bench.peers("mine") == ["gpt2"]
 
 
 @pytest.mark.parametrize("name", ["export", "sync"])

@@ -23,8 +23,10 @@ INSTALL = ("python3 -m venv cuda && cuda/bin/pip install torch==2.13.0 numpy set
            "cuda/bin/pip install -r requirements.txt")  # fmt: skip
 SOURCE = Path(__file__).parent / "library.c"
 # of CUDA's functions that torch needs, those that say the same without a GPU
-REAL = {"cudaGetErrorName", "cudaGetErrorString", "cudaRuntimeGetVersion", "cudnnGetVersion", "cublasLtGetVersion",
-        "cudnnGetErrorString", "cudnnGetProperty", "cudnnGetCudartVersion", "cudnnGetLastErrorString"}  # fmt: skip
+REAL = set("""
+    cudaGetErrorName cudaGetErrorString cudaRuntimeGetVersion cublasLtGetVersion cudnnGetVersion
+    cudnnGetErrorString cudnnGetLastErrorString cudnnGetProperty cudnnGetCudartVersion
+""".split())
 
 
 def needed(libraries):
@@ -39,7 +41,7 @@ def needed(libraries):
 
 
 def build():
-    """Compiles the library for this torch, once. Returns its path, raises SystemExit if that isn't possible."""
+    """The library for this torch, compiled once. Raises SystemExit if that isn't possible."""
     if torch.version.cuda is None or sys.platform != "linux":
         fail("the fake GPU needs Linux and a CUDA build of torch, not this one. In an environment of its own "
              f"(5 GB): {INSTALL}")  # fmt: skip
@@ -54,7 +56,7 @@ def build():
         return path
     names = ("torch_cuda", "torch_cuda_linalg", "c10_cuda", "torch_python", "caffe2_nvrtc")
     libraries = [file for name in names for file in site.glob(f"torch/lib/lib{name}.so")]
-    here = set(re.findall(r"\b((?:__)?cu\w+)\(", source))
+    here = set(re.findall(r"\b(?:__)?cu\w+", source))
     rest = needed(libraries) - here - REAL | {"cuInit"}
     folders = [file.parent for file in site.glob("nvidia/*/include/cuda_runtime_api.h")]
     folders.append(site / "triton/backends/nvidia/include")  # has crt/, which NVIDIA's package lacks
@@ -63,11 +65,12 @@ def build():
     with tempfile.TemporaryDirectory() as folder:
         # apart, since the headers would contradict these prototypes
         others = Path(folder) / "others.c"
-        others.write_text("int __cudaInitModule(void **h) { return 1; }\n"
-                          + "".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(rest)))  # fmt: skip
+        stubs = [f"int {name}(void) {{ return 0; }}\n" for name in sorted(rest)]
+        others.write_text("".join(["int __cudaInitModule(void **h) { return 1; }\n", *stubs]))
         made = path.with_suffix(f".{os.getpid()}")
-        command = ["gcc", "-shared", "-fPIC", "-O1", "-w", *(f"-I{folder}" for folder in folders), SOURCE, others,
-                   "-o", made, "-Wl,-soname,libcuda.so.1", "-ldl"]  # fmt: skip
+        headers = [f"-I{folder}" for folder in folders]
+        command = ["gcc", "-shared", "-fPIC", "-O1", "-w", *headers, SOURCE, others, "-o", made,
+                   "-Wl,-soname,libcuda.so.1", "-ldl"]  # fmt: skip
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             fail(f"gcc can't compile {SOURCE.name}: {next(iter(done.stderr.splitlines()), '')}")
@@ -81,8 +84,8 @@ def trace(script, gpu, rows=0):
     library = build()
     environment = os.environ | {
         "LD_PRELOAD": str(library), "FAKE_GPU_NAME": kind.name, "FAKE_GPU_GB": str(kind.gib),
-        "FAKE_GPU_SMS": str(kind.sms), "FAKE_GPU_SM": str(kind.capability), "FAKE_GPU_SHARED": str(kind.shared),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0",
+        "FAKE_GPU_SMS": str(kind.sms), "FAKE_GPU_SM": str(kind.capability),
+        "FAKE_GPU_SHARED": str(kind.shared), "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"

@@ -4,12 +4,13 @@ or both.
 """
 import collections
 import dataclasses
+import json
 import math
 import statistics
+from pathlib import Path
 
-from tools.common import table
-
-TOKENS = 10_000_000_000
+from fineweb import fail, write_atomic
+from tools.common import make_folder, table
 
 
 @dataclasses.dataclass
@@ -42,9 +43,10 @@ MEMORY = 0.85  # of the bandwidth
 LAUNCH = 3e-6  # seconds that a kernel takes at least
 
 ASSUMED = f"""\
-Estimate: one kernel after the other, each the larger of its FLOPs and its bytes: products at {PRODUCTS:.0%} of
-the peak, attention at 110/85 (A100) or 250/180 TFLOP/s (Hopper) forward/backward, depthwise convolutions at
-{CONVOLUTIONS:.0%} of fp32, memory at {MEMORY:.0%}, at least {LAUNCH * 1e6:.0f} µs each. 8 GPUs are taken for 8 times as fast as one.
+Estimate: one kernel after the other, each the larger of its FLOPs and its bytes: products at
+{PRODUCTS:.0%} of the peak, attention at 110/85 (A100) or 250/180 TFLOP/s (Hopper) forward/backward,
+depthwise convolutions at {CONVOLUTIONS:.0%} of fp32, memory at {MEMORY:.0%}, at least {LAUNCH * 1e6:.0f} µs each.
+8 GPUs are taken for 8 times as fast as one.
 Where it could be checked: build-nanogpt's model on an A100 188k tokens/s, published 176k to 182k;
 modded-nanogpt's of October 2024 on an H100 469k, its log 462k. Other kinds of kernels weren't checked.
 Not known: whether the numbers are right, how fast a kernel really is (small matrices, sorts and top-k take
@@ -60,11 +62,12 @@ def seconds(call, gpu, window):
     kind = "rest"
     flops = call.flops
     peak = gpu.tf32 * PRODUCTS
-    if "flex_attention" in call.name or "scaled_dot_product" in call.name:
+    is_flex = call.name.startswith("triton_tem") and "flex_attention" in call.name
+    if is_flex or (call.kind == "extern" and "scaled_dot_product" in call.name):
         kind = "attention"
         backward = "backward" in call.name
         peak = gpu.attention[backward]
-        if call.kind == "triton":
+        if is_flex:
             flops = flex_flops(call.shapes, window, backward)
     elif call.name in ("convolution", "convolution_backward"):
         kind = "convolutions"
@@ -130,7 +133,7 @@ def estimate(calls, record, gpu, window):
 
 
 def kernels(compiled):
-    """What compiling the kernels showed: those that spill or can't run, in the best of their configurations."""
+    """Kernels that spill (words a thread) or can't run (why), each in the best of its configurations."""
     spilling = {}
     unfit = {}
     for name, configs in compiled.items():
@@ -144,7 +147,35 @@ def kernels(compiled):
 
 
 # ==========================================================================
+# Records
+
+
+def path_of(folder, script, gpu):
+    """The file of a script's record on a GPU."""
+    return folder / f"{Path(script).stem.removeprefix('train_')}-{gpu}.json"
+
+
+def write(path, record):
+    make_folder(path.parent)
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def read(folder):
+    """The records of a folder, by GPU and script."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    if not records:
+        fail(f"{folder} has no records: make some with python -m tools.gpu fake SCRIPT --out {folder}")
+    return sorted(records, key=lambda record: record["gpu"])
+
+
+# ==========================================================================
 # In words
+
+
+def hours(rate):
+    """How long 10B tokens take at rate tokens/s a GPU."""
+    return f"{10e9 / rate / 3600:,.1f} h on 1, {10e9 / rate / 3600 / 8:,.1f} h on 8"
 
 
 def of_kinds(per_token, scale, digits):
@@ -163,7 +194,7 @@ def column(record, price):
         return cells | {"compiles": f"no: {record['error']}"}
     graphs = ", ".join(f"{n} {kind}" for kind, n in record["graphs"].items())
     cells["compiles"] = f"yes: {graphs}"
-    cells["graph breaks"] = str(sum(record["breaks"].values())) + "".join(f"; {why}" for why in record["breaks"])
+    cells["graph breaks"] = "; ".join([str(sum(record["breaks"].values())), *record["breaks"]])
     cells["Triton kernels"] = f"{record['kernels']} in {record['configurations']} configurations"
     worst = sorted(record["spilling"].items(), key=lambda item: -item[1])
     named = "".join(f"; {name[:60]} {words} words" for name, words in worst[:3])
@@ -177,10 +208,9 @@ def column(record, price):
     cells["µs a token"] = of_kinds(record["seconds_per_token"], 1e6, 2)
     rate = record["tokens_per_second"]
     cells["tokens/s"] = f"{rate:,.0f} (at most {record['bound']:,.0f})"
-    hours = TOKENS / rate / 3600
-    cells["10B tokens"] = f"{hours:.1f} h on 1, {hours / 8:.1f} h on 8"
+    cells["10B tokens"] = hours(rate)
     if price:
-        cells["cost"] = f"{hours * price:,.0f} USD at {price:g} an hour and GPU"
+        cells["cost"] = f"{10e9 / rate / 3600 * price:,.0f} USD at {price:g} an hour and GPU"
     return cells
 
 
@@ -192,32 +222,28 @@ def side_by_side(records, price=0.0):
     return table(["", *(record["script"] for record in records)], rows)
 
 
-HEAD = ["", "GPU", "rows", "peak", "MB/token", "GFLOP/token", "kernels", "spill", "tokens/s, estimated", "measured",
-        "10B: 1, 8"]  # fmt: skip
-
-
 def summary(records):
-    """One row for each record, with what a real GPU measured where it did."""
+    """A row for each record, with what a real GPU measured where one did."""
     rows = []
     for record in records:
-        cells = [record["script"].removesuffix(".py").removeprefix("train_"), record["gpu"]]
         measured = record.get("measured", {})
-        cells += [str(measured.get("rows") or record.get("rows", "–"))]
-        rate = None
-        if "tokens_per_second" in record:
-            rate = record["tokens_per_second"]
-            spills = [words for words in record["spilling"].values() if words >= 16]
-            cells += [f"{record['peak'] / 1e9:.1f} GB", f"{sum(record['bytes_per_token'].values()) / 1e6:.2f}",
-                      f"{sum(record['flops_per_token'].values()) / 1e9:.2f}", str(record["kernels"]),
-                      f"{len(spills)}, most {max(spills)}" if spills else "0", f"{rate / 1000:,.0f}k"]  # fmt: skip
+        rate = record.get("tokens_per_second")
+        cells = [record["script"], record["gpu"], str(record.get("rows") or measured.get("rows", "–"))]
+        if rate:
+            n_bytes = sum(record["bytes_per_token"].values())
+            n_flops = sum(record["flops_per_token"].values())
+            spills = [words for words in record["spilling"].values() if words >= 16]  # fewer cost nothing
+            cells += [f"{record['peak'] / 1e9:.1f} GB", f"{n_bytes / 1e6:.2f}", f"{n_flops / 1e9:.2f}",
+                      str(record["launches"]), f"{len(spills)}, at most {max(spills)}" if spills else "0",
+                      f"{rate / 1000:,.0f}k"]  # fmt: skip
         else:
             cells += [f"no: {record['error']}" if "error" in record else "–", *["–"] * 5]
         if "rates" in measured:
             rate = statistics.median(measured["rates"])
-            cells.append(f"{rate / 1000:,.0f}k, {measured['peak'] / 1e9:.1f} GB, {measured['curve']}")
+            peak = "" if measured["peak"] is None else f", {measured['peak'] / 1e9:.1f} GB"
+            cells.append(f"{rate / 1000:,.0f}k{peak}, losses {measured['curve']}")
         else:
-            cells.append("–")
-        hours = TOKENS / rate / 3600 if rate else 0
-        cells.append(f"{hours:.1f} h, {hours / 8:.1f} h" if rate else "–")
-        rows.append(cells)
-    return table(HEAD, rows)
+            cells.append(measured.get("failed", "–"))
+        rows.append([*cells, hours(rate) if rate else "–"])
+    return table(["", "GPU", "rows", "peak", "MB/token", "GFLOP/token", "launches", "kernels that spill",
+                  "tokens/s, estimated", "measured", "10B tokens"], rows)  # fmt: skip

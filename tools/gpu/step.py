@@ -1,15 +1,10 @@
 """
-A training script's own step, as its main() takes it: the fake GPU counts it, a
-real machine is timed with it. And the timing, each script in a process of its
-own, their steps in turn.
+A training script's own step, made and taken as in its main(): the fake GPU
+counts it, a real machine is timed with it.
 """
-import contextlib
-import dataclasses
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,25 +12,23 @@ from pathlib import Path
 import torch
 
 from fineweb import fail
-from tools.common import ROOT
 
 WARM_UP = 2  # steps before the timed ones: the first compiles, the second has AdamW's moments
 
 
 def load(path):
-    """A training script as a module. Raises SystemExit if it hasn't what the tools of this folder call."""
+    """A training script as a module. Raises SystemExit if it hasn't what is called here."""
     path = Path(path).resolve()
     if not path.is_file():
-        fail(f"there is no script {path.name} in {path.parent}")
+        fail(f"there is no script {path}")
     sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_in_{path.parent.name}", path)
     script = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = script  # a dataclass looks its module up
+    sys.modules[spec.name] = script  # a dataclass looks its module up
     spec.loader.exec_module(script)
-    missing = [name for name in ("Config", "Model", "start", "train_step", "find_micro_batch")
-               if not hasattr(script, name)]  # fmt: skip
-    if missing:
-        fail(f"{path.name} has no {', '.join(missing)}: its shape must be that of train_gpt2.py")
+    for name in ("Config", "Model", "start", "train_step", "find_micro_batch"):
+        if not hasattr(script, name):
+            fail(f"{path.name} has no {name}: its shape must be that of train_gpt2.py")
     return script
 
 
@@ -46,7 +39,7 @@ def make_config(script, tiny=False, **fields):
 
 
 class Trainer:
-    """A script's model and all that its train_step needs, made as in main()."""
+    """A script's model and all that its train_step needs."""
 
     def __init__(self, script, config):
         self.script = script
@@ -59,10 +52,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        by_default = self.device.type == "cuda" and os.name == "posix"
-        self.compiles = config.compile == "on" or (config.compile == "auto" and by_default)
         self.net = self.model
-        if self.compiles:
+        on_linux_gpu = self.device.type == "cuda" and os.name == "posix"
+        if config.compile == "on" or (config.compile == "auto" and on_linux_gpu):
             torch._functorch.config.backward_pass_autocast = "off"
             self.net = torch.compile(self.model, dynamic=False)
 
@@ -72,8 +64,8 @@ class Trainer:
         return self.script.train_step(*parts, number, batch, micro_batch, self.autocast)
 
 
-def rows_that_fit(script, config):
-    """The micro-batch that the script would choose on this device, and the rows of its batch."""
+def find_rows(script, config):
+    """(rows of the micro-batch that the script would choose on this device, rows of its batch)."""
     device, dtype = script.start(config, 1)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     rows = config.batch_tokens // config.block_size
@@ -91,96 +83,41 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ==========================================================================
-# Timing
+def measure(paths, steps, rows=0, tiny=False):
+    """Times scripts that take their steps in turn: [{rows, rates in tokens/s, first_step in s, ...}].
 
-
-def work(job):
-    """In a process of its own: takes a step for each line of the input and prints its figures as JSON."""
-    script = load(job["script"])
-    config = make_config(script, job["tiny"])
-    micro_batch, rows = rows_that_fit(script, config)
-    micro_batch = job["rows"] or micro_batch
-    trainer = Trainer(script, config)
-    on_gpu = trainer.device.type == "cuda"
-    rows = rows // micro_batch * micro_batch if on_gpu else micro_batch  # a CPU takes a minute for all
-    generator = torch.Generator().manual_seed(0)
-    facts = {
-        "device": torch.cuda.get_device_name() if on_gpu else trainer.device.type,
-        "dtype": str(trainer.dtype), "torch": torch.__version__, "rows": micro_batch,
-        "flops": 3 * trainer.model.flops_per_token(),
-    }  # fmt: skip
-    print(json.dumps(facts), flush=True)
-    for number, line in enumerate(sys.stdin):
-        batch = torch.randint(config.vocab_size, (rows, config.block_size + 1), generator=generator)
-        batch = batch.to(trainer.device)
-        profiler = contextlib.nullcontext()
-        if line.strip():
-            profiler = torch.profiler.profile()
-        began = time.perf_counter()
-        with profiler:
-            loss, _, _ = trainer.step(number, batch, micro_batch)
-        seconds = time.perf_counter() - began
-        if line.strip():
-            print_profile(profiler, Path(line.strip()), on_gpu)
-        rate = rows * config.block_size / seconds
-        print(json.dumps({"rate": rate, "seconds": seconds, "loss": loss,
-                          "peak": peak_memory(trainer.device)}), flush=True)  # fmt: skip
-
-
-def print_profile(profiler, path, on_gpu):
-    """The ten most expensive operations of a step; a trace for Perfetto or chrome://tracing."""
-    profiler.export_chrome_trace(str(path))
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40)
-    print(table, file=sys.stderr)
-
-
-class Worker:
-    """A script in a process that takes a step when it is told to."""
-
-    def __init__(self, script, rows, tiny):
-        self.name = Path(script).stem
-        job = {"script": str(Path(script).resolve()), "rows": rows, "tiny": tiny}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.gpu", "work", json.dumps(job)],
-            cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self.facts = self.read()
-
-    def read(self):
-        line = self.process.stdout.readline()
-        if not line:
-            fail(f"{self.name} could not be measured: see above")
-        return json.loads(line)
-
-    def step(self, profile=""):
-        self.process.stdin.write(f"{profile}\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def measure(scripts, steps, rows=0, tiny=False, profile=None):
-    """[(facts, [figures of each timed step])] of scripts, which take their steps in turn."""
-    workers = []
-    try:
-        for script in scripts:
-            workers.append(Worker(script, rows, tiny))
-        figures = [[] for _ in workers]
-        for number in range(WARM_UP + steps):
-            for worker, mine in zip(workers, figures):
-                mine.append(worker.step())
-        for worker in workers if profile else ():
-            profile.mkdir(parents=True, exist_ok=True)
-            worker.step(profile.resolve() / f"{worker.name}.json")
-    finally:
-        for worker in workers:
-            worker.close()
-    return [(worker.facts, mine) for worker, mine in zip(workers, figures)]
+    A step is that of a whole batch on a GPU, and of one micro-batch elsewhere, on random tokens.
+    """
+    found = []
+    trainers = []
+    for path in paths:
+        script = load(path)
+        config = make_config(script, tiny)
+        micro_batch, batch_rows = find_rows(script, config)
+        micro_batch = rows or micro_batch
+        trainer = Trainer(script, config)
+        trainers.append(trainer)
+        micro_batches = batch_rows // micro_batch if trainer.device.type == "cuda" else 1
+        found.append({
+            "script": Path(path).name, "rows": micro_batch, "batch_rows": micro_batches * micro_batch,
+            "dtype": str(trainer.dtype).removeprefix("torch."), "torch": torch.__version__,
+            "flops": 3 * trainer.model.flops_per_token(), "rates": [],
+        })  # fmt: skip
+    torch.manual_seed(0)
+    for number in range(WARM_UP + steps):
+        for trainer, mine in zip(trainers, found):
+            shape = (mine["batch_rows"], trainer.config.block_size + 1)
+            batch = torch.randint(trainer.config.vocab_size, shape, device=trainer.device)
+            began = time.perf_counter()
+            loss, _, _ = trainer.step(number, batch, mine["rows"])  # waits for the device
+            seconds = time.perf_counter() - began
+            if not loss < float("inf"):
+                fail(f"{mine['script']}: the loss is {loss}")
+            mine.setdefault("first_step", seconds)
+            if number >= WARM_UP:
+                mine["rates"].append(batch[:, 1:].numel() / seconds)
+            mine["peak"] = peak_memory(trainer.device)
+    return found
 
 
 def spread(values, digits=0):

@@ -174,8 +174,9 @@ def install_driver(shared, sms):
 
     class Utils:
         def get_device_properties(self, device):
-            return {"max_shared_mem": shared, "multiprocessor_count": sms, "max_num_regs": 65_536, "warpSize": 32,
-                    "sm_clock_rate": 1_700_000, "mem_clock_rate": 2_600_000, "mem_bus_width": 5120}  # fmt: skip
+            return {"max_shared_mem": shared, "multiprocessor_count": sms, "max_num_regs": 65_536,
+                    "warpSize": 32, "sm_clock_rate": 1_700_000, "mem_clock_rate": 2_600_000,
+                    "mem_bus_width": 5120}  # fmt: skip
 
         def load_binary(self, name, kernel, shared, device):
             return 1, 1, 32, 0, 1024
@@ -340,22 +341,23 @@ def work(job):
         "gpu": job["gpu"], "torch": torch.__version__, "tokens": config.block_size,
         "batch_tokens": config.batch_tokens,
     }  # fmt: skip
-    record["chosen_rows"], batch_rows = step.rows_that_fit(script, config)
+    record["chosen_rows"], batch_rows = step.find_rows(script, config)
     record["rows"] = job["rows"] or record["chosen_rows"]
     torch.cuda.empty_cache()
     try:
         record |= trace_step(script, config, record["rows"], batch_rows)
-        record |= report.estimate(trace.calls, record, gpu, getattr(config, "window", config.block_size))
-        record |= report.kernels(compile_kernels(gpu.shared))
     except Exception as error:  # whatever a script that is being edited does
         said = [line for line in str(error).splitlines() if line.strip()] or [""]
         record["error"] = f"{type(error).__name__}: {said[0][:200]}"
+    else:
+        record |= report.estimate(trace.calls, record, gpu, getattr(config, "window", config.block_size))
+        record |= report.kernels(compile_kernels(gpu.shared))
     Path(job["out"]).write_text(json.dumps(record))
     del library
 
 
 def trace_step(script, config, rows, batch_rows):
-    """Figures of the script's second step, with up to two micro-batches; its calls are then in trace.calls."""
+    """Figures of the script's second step, with up to two micro-batches; its calls go to trace.calls."""
     trainer = step.Trainer(script, config)
     trainer.optimizer.step = recorded(trainer.optimizer.step)
     torch.nn.utils.clip_grad_norm_ = recorded(torch.nn.utils.clip_grad_norm_)
