@@ -85,7 +85,8 @@ def trace(script, gpu, rows=0):
     environment = os.environ | {
         "LD_PRELOAD": str(library), "FAKE_GPU_NAME": kind.name, "FAKE_GPU_GB": str(kind.gib),
         "FAKE_GPU_SMS": str(kind.sms), "FAKE_GPU_SM": str(kind.capability),
-        "FAKE_GPU_SHARED": str(kind.shared), "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0",
+        "FAKE_GPU_SHARED": str(kind.shared), "CUDA_VISIBLE_DEVICES": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"

@@ -87,23 +87,18 @@ E cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p) {
 /* ---- the device: numbers of attributes as in cuda.h */
 static int attribute(int a) {
     switch (a) {
-    case 1: case 2: case 3: return 1024; /* threads of a block */
-    case 4: return 64;
-    case 5: return 2147483647;
-    case 6: case 7: return 65535;
+    case 1: return 1024; /* threads of a block */
+    case 5: return 2147483647; /* blocks of a grid */
     case 8: return 49152; /* shared memory of a block, without asking for more */
-    case 9: case 12: case 82: return 65536; /* registers */
-    case 10: case 95: case 106: return a == 95 ? 1 : 32;
-    case 13: return 1600000; /* kHz */
-    case 14: return 512;
+    case 10: return 32; /* threads of a warp */
+    case 12: case 82: return 65536; /* registers */
     case 16: return (int)number("FAKE_GPU_SMS");
     case 37: return 5120; /* bits of the memory's bus */
     case 38: return (sm() >= 90 ? 50 : 40) << 20; /* level 2 cache */
     case 39: return 2048; /* threads of a multiprocessor */
-    case 41: return 1;
     case 75: return sm() / 10;
     case 76: return sm() % 10;
-    case 81: return shared() + 1024;
+    case 81: return shared() + 1024; /* shared memory of a multiprocessor */
     case 97: return shared();
     default: return 0;
     }
@@ -125,16 +120,12 @@ E cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     p->maxGridSize[0] = attribute(5);
     p->maxGridSize[1] = p->maxGridSize[2] = 65535;
     p->maxThreadsPerMultiProcessor = 2048;
-    p->maxBlocksPerMultiProcessor = 32;
-    p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+    p->regsPerBlock = p->regsPerMultiprocessor = attribute(12);
     p->sharedMemPerBlock = attribute(8);
     p->sharedMemPerBlockOptin = shared();
     p->sharedMemPerMultiprocessor = attribute(81);
     p->l2CacheSize = attribute(38);
-    p->totalConstMem = 65536;
     p->memoryBusWidth = attribute(37);
-    p->textureAlignment = 512;
-    p->unifiedAddressing = p->concurrentKernels = p->managedMemory = 1;
     return 0;
 }
 

@@ -150,12 +150,12 @@ def kernel_bytes(kernel, schedule):
     made = {name for node in nodes for name in node.get_buffer_names()}  # they stay in registers
     elements = collections.defaultdict(dict)  # (buffer, way) -> {index expression: elements}
     for node in nodes:
-        for dep in node.read_writes.reads | node.read_writes.writes:
-            if not isinstance(dep, MemoryDep) or dep.name in removed:  # others only order the kernels
-                continue
-            way = "write" if dep in node.read_writes.writes else "read"
-            if way == "write" or dep.name not in made:
-                elements[dep.name, way][str(dep.index)] = count_elements(dep)
+        for way, deps in (("read", node.read_writes.reads), ("write", node.read_writes.writes)):
+            for dep in deps:
+                if not isinstance(dep, MemoryDep) or dep.name in removed:  # others only order the kernels
+                    continue
+                if way == "write" or dep.name not in made:
+                    elements[dep.name, way][str(dep.index)] = count_elements(dep)
     total = 0
     for (name, _), found in elements.items():
         numel, itemsize = buffer(name)
