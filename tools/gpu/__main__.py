@@ -35,7 +35,7 @@ class Fake:
     script: Positional[str]  # a training script
     gpu: Literal["a100", "h100", "h200"] = "a100"  # which one: 80, 80 and 141 GB
     rows: int = 0  # rows of a micro-batch; 0: as many as the script chooses
-    compare: str = ""  # another script, for a column beside
+    compare: str = ""  # another script, for a row beside
     price: float = 0.0  # USD an hour of one GPU
     out: Path | None = None  # a folder for NAME-GPU.json, with all figures
 
@@ -80,7 +80,9 @@ def fake(args):
         records.append(trace(script, args.gpu, args.rows))
         if args.out:
             report.write(report.path_of(args.out, script, args.gpu), records[-1])
-    print(report.side_by_side(records, args.price))
+    print(report.summary(records, args.price))
+    for record in records:
+        print("\n".join(report.details(record)))
     print(report.ASSUMED)
     if any("error" in record or record["unfit"] for record in records):
         raise SystemExit(1)
@@ -96,7 +98,7 @@ def bench(args):
             mine["script"], str(mine["rows"]), step.spread(mine["rates"]), step.spread(ratios, 2),
             f"{mine['flops'] * rate / 1e12:.3g}", f"{mine['first_step']:.0f} s", report.hours(rate),
         ])  # fmt: skip
-    head = ["", "rows", "tokens/s", "of the first's", "TFLOP/s", "first step", "10B tokens"]
+    head = ["", "rows", "tokens/s", "of the first's", "TFLOP/s", "first step", "10B tokens on 1, 8"]
     print(common.table(head, rows))
     peak = found[-1]["peak"]
     print(f"torch {mine['torch']}, {mine['dtype']}, {os.cpu_count()} CPUs, peak memory of all together "

@@ -42,11 +42,10 @@ CONVOLUTIONS = 0.25  # depthwise ones, of the peak without tensor cores
 MEMORY = 0.85  # of the bandwidth
 LAUNCH = 3e-6  # seconds that a kernel takes at least
 
-ASSUMED = f"""\
-Estimate: one kernel after the other, each the larger of its FLOPs and its bytes: products at
-{PRODUCTS:.0%} of the peak, attention at 110/85 (A100) or 250/180 TFLOP/s (Hopper) forward/backward,
-depthwise convolutions at {CONVOLUTIONS:.0%} of fp32, memory at {MEMORY:.0%}, at least {LAUNCH * 1e6:.0f} µs each.
-8 GPUs are taken for 8 times as fast as one.
+ASSUMED = """\
+Estimate: one kernel after the other, each the larger of its FLOPs and its bytes: products at 70% of the
+peak, attention at 110/85 (A100) or 250/180 TFLOP/s (Hopper) forward/backward, depthwise convolutions at 25%
+of fp32, memory at 85%, at least 3 µs each. 8 GPUs are taken for 8 times as fast as one.
 Where it could be checked: build-nanogpt's model on an A100 188k tokens/s, published 176k to 182k;
 modded-nanogpt's of October 2024 on an H100 469k, its log 462k. Other kinds of kernels weren't checked.
 Not known: whether the numbers are right, how fast a kernel really is (small matrices, sorts and top-k take
@@ -175,55 +174,11 @@ def read(folder):
 
 def hours(rate):
     """How long 10B tokens take at rate tokens/s a GPU."""
-    return f"{10e9 / rate / 3600:,.1f} h on 1, {10e9 / rate / 3600 / 8:,.1f} h on 8"
+    return f"{10e9 / rate / 3600:,.1f} h, {10e9 / rate / 3600 / 8:,.1f} h"
 
 
-def of_kinds(per_token, scale, digits):
-    """The sum of a quantity per token, and its largest parts."""
-    parts = sorted(per_token.items(), key=lambda item: -item[1])
-    text = ", ".join(f"{kind} {value * scale:.{digits}f}" for kind, value in parts if value * scale >= 0.005)
-    return f"{sum(per_token.values()) * scale:.{digits}f} ({text})"
-
-
-def column(record, price):
-    """{what: a cell} of one script's report."""
-    cells = {"GPU": GPUS[record["gpu"]].name, "torch": record["torch"]}
-    cells["micro-batch that it chooses"] = f"{record['chosen_rows']} rows of {record['tokens']:,} tokens"
-    cells["counted with"] = f"{record['rows']} rows"
-    if "error" in record:
-        return cells | {"compiles": f"no: {record['error']}"}
-    graphs = ", ".join(f"{n} {kind}" for kind, n in record["graphs"].items())
-    cells["compiles"] = f"yes: {graphs}"
-    cells["graph breaks"] = "; ".join([str(sum(record["breaks"].values())), *record["breaks"]])
-    cells["Triton kernels"] = f"{record['kernels']} in {record['configurations']} configurations"
-    worst = sorted(record["spilling"].items(), key=lambda item: -item[1])
-    named = "".join(f"; {name[:60]} {words} words" for name, words in worst[:3])
-    cells["that spill"] = f"{len(worst)}{named}"
-    named = "".join(f"; {name[:60]}: {why}" for name, why in record["unfit"].items())
-    cells["that can't run"] = f"{len(record['unfit'])}{named}"
-    cells["launches a micro-batch"] = f"{record['launches']:,}"
-    cells["peak memory"] = f"{record['peak'] / 1e9:.1f} GB (between steps {record['resident'] / 1e9:.1f})"
-    cells["MB a token"] = of_kinds(record["bytes_per_token"], 1e-6, 2)
-    cells["GFLOP a token"] = of_kinds(record["flops_per_token"], 1e-9, 2)
-    cells["µs a token"] = of_kinds(record["seconds_per_token"], 1e6, 2)
-    rate = record["tokens_per_second"]
-    cells["tokens/s"] = f"{rate:,.0f} (at most {record['bound']:,.0f})"
-    cells["10B tokens"] = hours(rate)
-    if price:
-        cells["cost"] = f"{10e9 / rate / 3600 * price:,.0f} USD at {price:g} an hour and GPU"
-    return cells
-
-
-def side_by_side(records, price=0.0):
-    """The reports of records as a table, a column each."""
-    columns = [column(record, price) for record in records]
-    names = list(columns[0] | columns[-1])
-    rows = [[name, *(cells.get(name, "–") for cells in columns)] for name in names]
-    return table(["", *(record["script"] for record in records)], rows)
-
-
-def summary(records):
-    """A row for each record, with what a real GPU measured where one did."""
+def summary(records, price=0.0):
+    """A row for each record, with what a real GPU measured where one did. price: USD an hour and GPU."""
     rows = []
     for record in records:
         measured = record.get("measured", {})
@@ -238,12 +193,41 @@ def summary(records):
                       f"{rate / 1000:,.0f}k"]  # fmt: skip
         else:
             cells += [f"no: {record['error']}" if "error" in record else "–", *["–"] * 5]
+        cells.append(measured.get("failed", "–"))
         if "rates" in measured:
             rate = statistics.median(measured["rates"])
             peak = "" if measured["peak"] is None else f", {measured['peak'] / 1e9:.1f} GB"
-            cells.append(f"{rate / 1000:,.0f}k{peak}, losses {measured['curve']}")
-        else:
-            cells.append(measured.get("failed", "–"))
-        rows.append([*cells, hours(rate) if rate else "–"])
-    return table(["", "GPU", "rows", "peak", "MB/token", "GFLOP/token", "launches", "kernels that spill",
-                  "tokens/s, estimated", "measured", "10B tokens"], rows)  # fmt: skip
+            cells[-1] = f"{rate / 1000:,.0f}k{peak}, losses {measured['curve']}"
+        cells.append(hours(rate) if rate else "–")
+        if price:
+            cells.append(f"{10e9 / rate / 3600 * price:,.0f} USD" if rate else "–")
+        rows.append(cells)
+    head = ["", "GPU", "rows", "peak", "MB/token", "GFLOP/token", "launches", "kernels that spill",
+            "tokens/s, estimated", "measured", "10B tokens on 1, 8"]  # fmt: skip
+    return table([*head, "cost"] if price else head, rows)
+
+
+def parts(per_token, scale):
+    """The parts of a quantity per token, the largest first."""
+    ordered = sorted(per_token.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {value * scale:.2f}" for kind, value in ordered if value * scale >= 0.005)
+
+
+def details(record):
+    """What the row of a script has no room for, in lines."""
+    lines = [f"{record['script']} on {GPUS[record['gpu']].name}, torch {record['torch']}: the script chooses "
+             f"{record['chosen_rows']} rows of {record['tokens']:,} tokens"]  # fmt: skip
+    if "error" in record:
+        return [*lines, f"  it doesn't compile: {record['error']}"]
+    graphs = ", ".join(f"{n} {kind}" for kind, n in record["graphs"].items())
+    lines.append(f"  it compiles: graphs {graphs}; graph breaks {sum(record['breaks'].values())}")
+    lines += [f"  graph break: {why}" for why in record["breaks"]]
+    lines.append(f"  kernels of Triton {record['kernels']} in {record['configurations']} configurations, "
+                 f"that spill {len(record['spilling'])}, that can't run {len(record['unfit'])}")  # fmt: skip
+    lines += [f"  {name[:70]} spills {words} words" for name, words in record["spilling"].items()]
+    lines += [f"  {name[:70]} can't run: {why}" for name, why in record["unfit"].items()]
+    lines.append(f"  memory between steps {record['resident'] / 1e9:.1f} GB")
+    lines.append(f"  MB a token: {parts(record['bytes_per_token'], 1e-6)}")
+    lines.append(f"  GFLOP a token: {parts(record['flops_per_token'], 1e-9)}")
+    lines.append(f"  µs a token: {parts(record['seconds_per_token'], 1e6)}")
+    return [*lines, f"  at most {record['bound']:,.0f} tokens/s, by all bytes or all FLOPs of the data sheet"]
