@@ -6,8 +6,7 @@ positions with base 10,000 there and 1,000,000 in the others; one head of keys
 and values for four query heads; queries and keys normalised; RMSNorm before
 and after attention and MLP; a GeGLU MLP; the embedding, but not the head,
 scaled by sqrt(C); no biases. The shape is the 270M model's, with a smaller MLP
-and window.
-123,673,216 parameters with the vocabulary padded to 50,304.
+and window. 123,673,216 parameters with the vocabulary padded to 50,304.
 
     python train_gemma.py --tiny    # a few minutes on a laptop
     torchrun --standalone --nproc_per_node=8 train_gemma.py    # on eight GPUs
@@ -179,7 +178,10 @@ def attend(q, k, v, mask):
     if not isinstance(mask, torch.Tensor):
         from torch.nn.attention.flex_attention import flex_attention
 
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        # backward over heads of more than 128 channels the default's blocks spill registers
+        blocks = dict(bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=32, bwd_num_warps=8)
+        options = blocks if q.shape[-1] > 128 else None
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
     if q.is_cuda:  # its kernels for masks want as many heads of keys and values as of queries
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
@@ -264,8 +266,9 @@ class Model(nn.Module):
         self.register_buffer("rope_local", rope_local, persistent=False)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = Norm(config.n_embd)
-        # flex_attention's backward for heads this wide needs the shared memory of a Hopper or B200
-        self.may_flex = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+        # flex_attention's backward for heads this wide needs the shared memory of an A100, H100 or B200
+        capability = torch.cuda.is_available() and torch.cuda.get_device_capability()
+        self.may_flex = capability in ((8, 0), (9, 0), (10, 0), (10, 3))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)  # set by the loop
         self.init_weights()
 

@@ -175,7 +175,10 @@ def attend(q, k, v, mask):
     if not isinstance(mask, torch.Tensor):
         from torch.nn.attention.flex_attention import flex_attention
 
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        # backward over heads of more than 128 channels the default's blocks spill registers
+        blocks = dict(bwd_BLOCK_M1=32, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=32, bwd_num_warps=8)
+        options = blocks if q.shape[-1] > 128 else None
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
     if q.is_cuda:  # its kernels for masks want as many heads of keys and values as of queries
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
