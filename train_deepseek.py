@@ -9,9 +9,8 @@ experts, kept evenly loaded by a bias on the choice instead of a large
 auxiliary loss. In training a further block predicts the token after the next
 (MTP). The head is tied to the embedding, unlike the original's.
 
-124,317,312 parameters with the vocabulary padded to 50,304: 116,131,968 of the
-model that is evaluated and 8,185,344 of the MTP block. A token uses 71.2M of
-them in training and 67.5M after it.
+124,317,312 parameters with the vocabulary padded to 50,304, 8,185,344 of them
+of the MTP block. A token uses 71.2M of them in training and 67.5M after it.
 
     python train_deepseek.py --tiny    # a few minutes on a laptop
     torchrun --standalone --nproc_per_node=8 train_deepseek.py    # on eight GPUs
@@ -270,8 +269,7 @@ class Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (inverse,) = ctx.saved_tensors
-        return dy.index_select(0, inverse), None, None
+        return dy.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class Experts(nn.Module):
@@ -385,7 +383,15 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_shape(config)
+        per_group, rest = divmod(config.n_expert, config.n_group)
+        if rest or per_group < 2:
+            fail("--n_expert must be a multiple of --n_group, and at least twice it")
+        if config.topk_group > config.n_group or config.n_active > config.topk_group * per_group:
+            fail("--topk_group must be at most --n_group, --n_active at most what so many groups have")
+        if config.n_embd % 8 or config.n_inner_expert % 8:
+            fail("--n_embd and --n_inner_expert must be multiples of 8")
+        if config.rope_dim % 2 or config.v_dim > config.nope_dim + config.rope_dim:
+            fail("--rope_dim must be even, and --v_dim at most --nope_dim + --rope_dim")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head
         rope = rope_table(config.rope_theta, config.block_size, config.rope_dim)
@@ -449,10 +455,9 @@ class Model(nn.Module):
     def after_step(self, skipped=False):
         """Called after each optimizer step, on every process. Returns figures for the log.
 
-        Moves the routing biases against the load of the whole batch (section 2.1.2), but not in
-        the last 0.5T of 14.8T tokens (section 4.2). Figures: the busiest expert's load over the
-        mean, averaged over the blocks and in the worst one, and the loads' mean entropy, 1 if even.
-        A skipped step (see main) moves nothing, and its tokens count for nothing.
+        Moves the routing biases against the load of the whole batch (section 2.1.2), but not in the last
+        0.5T of 14.8T tokens (section 4.2), nor in a skipped step. Figures: the busiest expert's load over
+        the mean, averaged over the blocks and in the worst one, and the loads' entropy, 1 if even.
         """
         routers = [module for module in self.modules() if isinstance(module, Router)]
         if skipped or not routers:
@@ -501,23 +506,6 @@ class Model(nn.Module):
         ]
 
 
-def check_shape(config):
-    """Raises SystemExit for numbers that don't fit together."""
-    if config.n_expert % config.n_group or config.n_expert < 2 * config.n_group:
-        fail(f"--n_expert {config.n_expert}: must be --n_group {config.n_group} times 2 or more")
-    if config.topk_group > config.n_group:
-        fail(f"--topk_group {config.topk_group} is more than --n_group {config.n_group}")
-    available = config.topk_group * config.n_expert // config.n_group
-    if config.n_active > available:
-        fail(f"--n_active {config.n_active} is more than {available}, the experts of --topk_group groups")
-    if config.n_embd % 8 or config.n_inner_expert % 8:
-        fail(f"--n_embd {config.n_embd} and --n_inner_expert {config.n_inner_expert} must be multiples of 8")
-    if config.rope_dim % 2:
-        fail(f"--rope_dim {config.rope_dim} is odd: rotary positions turn pairs of channels")
-    if config.v_dim > config.nope_dim + config.rope_dim:
-        fail(f"--v_dim {config.v_dim} is more than --nope_dim and --rope_dim together")
-
-
 # ==========================================================================
 # Set-up: the same in every script
 
@@ -528,10 +516,9 @@ def parse(default):
                       config=(tyro.conf.FlagCreatePairsOff,),
                       console_outputs=os.environ.get("RANK", "0") == "0")  # fmt: skip
     for name, value in vars(config).items():
-        lowest = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
-        limit = 1 if name.startswith("beta") else 2**63
-        if type(value) in (int, float) and not lowest <= value < limit:
-            fail(f"--{name} {value}: must be at least {lowest}, and less than {limit}")
+        least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+        if type(value) in (int, float) and not least <= value < (1 if name.startswith("beta") else 2**63):
+            fail(f"--{name} {value}: must be at least {least}, and finite; beta1 and beta2 below 1")
     return config
 
 
@@ -733,8 +720,6 @@ def main():
     first_step = checkpoint.get("step", 0)
     changed = {key: v for key, v in [*vars(config).items()][:-4] if first_step and v != values[key]}
     last_step = first_step if config.eval else max(first_step, config.max_steps)
-
-    # ---- where to do it
     rank = int(os.environ.get("RANK", 0))  # torchrun tells each process its number
     world = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
     if config.batch_tokens % (world * config.block_size * max(1, config.micro_batch)):
@@ -761,8 +746,8 @@ def main():
     # ---- the data
     if config.data_dir == fineweb.SAMPLE:
         fineweb.write_sample()
-    before = checkpoint.get("data")
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, before)
+    known = checkpoint.get("data")
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, known)
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
     batch_rows = config.batch_tokens // config.block_size

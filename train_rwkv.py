@@ -513,10 +513,9 @@ def parse(default):
                       config=(tyro.conf.FlagCreatePairsOff,),
                       console_outputs=os.environ.get("RANK", "0") == "0")  # fmt: skip
     for name, value in vars(config).items():
-        lowest = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
-        limit = 1 if name.startswith("beta") else 2**63
-        if type(value) in (int, float) and not lowest <= value < limit:
-            fail(f"--{name} {value}: must be at least {lowest}, and less than {limit}")
+        least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+        if type(value) in (int, float) and not least <= value < (1 if name.startswith("beta") else 2**63):
+            fail(f"--{name} {value}: must be at least {least}, and finite; beta1 and beta2 below 1")
     return config
 
 
@@ -718,8 +717,6 @@ def main():
     first_step = checkpoint.get("step", 0)
     changed = {key: v for key, v in [*vars(config).items()][:-4] if first_step and v != values[key]}
     last_step = first_step if config.eval else max(first_step, config.max_steps)
-
-    # ---- where to do it
     rank = int(os.environ.get("RANK", 0))  # torchrun tells each process its number
     world = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
     if config.batch_tokens % (world * config.block_size * max(1, config.micro_batch)):
@@ -746,8 +743,8 @@ def main():
     # ---- the data
     if config.data_dir == fineweb.SAMPLE:
         fineweb.write_sample()
-    before = checkpoint.get("data")
-    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, before)
+    known = checkpoint.get("data")
+    data = fineweb.open_dataset(config.data_dir, config.vocab_size, config.train_shards, known)
     train = fineweb.Windows(config.data_dir, "train", config.block_size, config.train_shards)
     val = fineweb.Windows(config.data_dir, "val", config.block_size, max_tokens=config.val_tokens)
     batch_rows = config.batch_tokens // config.block_size
