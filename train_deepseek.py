@@ -259,19 +259,6 @@ class Router(nn.Module):
         return self.balance_alpha * (f * p).sum(-1).mean()
 
 
-class Permute(torch.autograd.Function):
-    """x[order], order a permutation: its gradient is dy[inverse], where index_select's is added up."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy.index_select(0, ctx.saved_tensors[0]), None, None
-
-
 class Experts(nn.Module):
     """The routed experts of eq. 12; x (N, C), chosen and weights (N, K) -> (N, C).
 
@@ -308,13 +295,13 @@ class Experts(nn.Module):
         expert, order = chosen.flatten().sort(stable=True)  # (N K,)
         ends = torch.searchsorted(expert, torch.arange(len(gate), device=x.device), right=True)
         ends = ends.to(torch.int32)  # (E,): where each expert's rows end
-        inverse = order.argsort()
-        rows = Permute.apply(x.repeat_interleave(K, dim=0), order, inverse)  # (N K, C)
+        place = order.argsort()  # index_copy's gradient is read by it, index_select's would be added up
+        rows = x.new_empty(N * K, x.shape[1]).index_copy(0, place, x.repeat_interleave(K, dim=0))  # (N K, C)
         h = F.silu(F.grouped_mm(rows, gate.transpose(1, 2), offs=ends))  # (N K, W)
         h = h * F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
         h = h * weights.flatten()[order, None]  # before proj, where there are fewer channels
         y = F.grouped_mm(h.to(x.dtype), proj.transpose(1, 2), offs=ends)  # (N K, C)
-        return Permute.apply(y, inverse, order).view(N, K, -1).sum(1)
+        return y.new_empty(y.shape).index_copy(0, order, y).view(N, K, -1).sum(1)
 
     def dense(self, x, gate, up, proj, chosen, weights):
         weight = weights.new_zeros(len(x), len(gate)).scatter(-1, chosen, weights)  # (N, E), mostly 0

@@ -135,7 +135,7 @@ def test_an_update_is_spread_over_the_whole_batch():
     found = report.estimate(calls, record, report.GPUS["h200"], 0)
     assert found["bytes_per_token"] == {"products": 1e6, "rest": 1e6, "update": 100 + 12 * 10 * 9 / 40_000}
     assert found["tokens_per_second"] == 1 / sum(found["seconds_per_token"].values()) < found["bound"]
-    assert found["launches"] == 1
+    assert found["launches"] == 1 and list(found["costliest"])[0].startswith("mm")
 
 
 def test_a_kernel_is_as_good_as_its_best_configuration():
@@ -153,6 +153,7 @@ RECORD = {
     "peak": 31.0e9, "resident": 1.5e9,
     "bytes_per_token": {"rest": 2e6, "products": 1.15e6}, "flops_per_token": {"products": 0.8e9},
     "seconds_per_token": {"rest": 2e-6, "products": 3e-6}, "tokens_per_second": 200_000.0, "bound": 386_000.0,
+    "costliest": {"mm [[8, 16], [16, 4]]": 1e-6},
 }  # fmt: skip
 
 

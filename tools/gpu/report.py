@@ -108,6 +108,7 @@ def estimate(calls, record, gpu, window):
     n_bytes = collections.Counter()
     n_flops = collections.Counter()
     time = collections.Counter()
+    costs = collections.Counter()  # of each kernel, and of operations by their shapes
     launches = 0
     for call in calls:
         needed, kind, flops = seconds(call, gpu, window)
@@ -120,6 +121,7 @@ def estimate(calls, record, gpu, window):
         n_bytes[kind] += call.n_bytes / tokens
         n_flops[kind] += flops / tokens
         time[kind] += needed / tokens
+        costs[call.name if call.kind == "triton" else f"{call.name} {call.shapes}"] += needed / tokens
     added = 12 * record["parameters"] * (record["batch_tokens"] // micro_tokens - 1) / record["batch_tokens"]
     n_bytes["update"] += added
     time["update"] += added / (gpu.bandwidth * MEMORY)
@@ -127,6 +129,7 @@ def estimate(calls, record, gpu, window):
         "launches": launches // record["micro_batches"],
         "bytes_per_token": dict(n_bytes), "flops_per_token": dict(n_flops),
         "seconds_per_token": dict(time), "tokens_per_second": 1 / sum(time.values()),
+        "costliest": dict(costs.most_common(10)),
         "bound": 1 / max(sum(n_flops.values()) / gpu.bf16, sum(n_bytes.values()) / gpu.bandwidth),
     }  # fmt: skip
 
@@ -230,4 +233,5 @@ def details(record):
     lines.append(f"  MB a token: {parts(record['bytes_per_token'], 1e-6)}")
     lines.append(f"  GFLOP a token: {parts(record['flops_per_token'], 1e-9)}")
     lines.append(f"  µs a token: {parts(record['seconds_per_token'], 1e6)}")
+    lines += [f"    {cost * 1e6:.3f} {name[:100]}" for name, cost in record["costliest"].items()]
     return [*lines, f"  at most {record['bound']:,.0f} tokens/s, by all bytes or all FLOPs of the data sheet"]
