@@ -370,15 +370,7 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        per_group, rest = divmod(config.n_expert, config.n_group)
-        if rest or per_group < 2:
-            fail("--n_expert must be a multiple of --n_group, and at least twice it")
-        if config.topk_group > config.n_group or config.n_active > config.topk_group * per_group:
-            fail("--topk_group must be at most --n_group, --n_active at most what so many groups have")
-        if config.n_embd % 8 or config.n_inner_expert % 8:
-            fail("--n_embd and --n_inner_expert must be multiples of 8")
-        if config.rope_dim % 2 or config.v_dim > config.nope_dim + config.rope_dim:
-            fail("--rope_dim must be even, and --v_dim at most --nope_dim + --rope_dim")
+        check_shape(config)
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head
         rope = rope_table(config.rope_theta, config.block_size, config.rope_dim)
@@ -491,6 +483,23 @@ class Model(nn.Module):
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
+
+
+def check_shape(config):
+    """Raises SystemExit for numbers that don't fit together."""
+    if config.n_expert % config.n_group or config.n_expert < 2 * config.n_group:
+        fail(f"--n_expert {config.n_expert}: must be --n_group {config.n_group} times 2 or more")
+    if config.topk_group > config.n_group:
+        fail(f"--topk_group {config.topk_group} is more than --n_group {config.n_group}")
+    available = config.topk_group * config.n_expert // config.n_group
+    if config.n_active > available:
+        fail(f"--n_active {config.n_active} is more than {available}, the experts of --topk_group groups")
+    if config.n_embd % 8 or config.n_inner_expert % 8:
+        fail(f"--n_embd {config.n_embd} and --n_inner_expert {config.n_inner_expert} must be multiples of 8")
+    if config.rope_dim % 2:
+        fail(f"--rope_dim {config.rope_dim} is odd: rotary positions turn pairs of channels")
+    if config.v_dim > config.nope_dim + config.rope_dim:
+        fail(f"--v_dim {config.v_dim} is more than --nope_dim and --rope_dim together")
 
 
 # ==========================================================================
