@@ -141,7 +141,7 @@ def test_help_names_every_option_with_the_value_that_runs(script, monkeypatch, c
     assert ended.value.code == 0
     options = capsys.readouterr().out.split(" --")
     for name, value in vars(script.Config(**script.RECIPE)).items():
-        shown = f"(default: {value})" if value != "" and value is not False else ""
+        shown = f"(default: {value})" if type(value) in (int, float) else ""
         assert any(option.split()[0] == name and shown in option for option in options), name
 
 
