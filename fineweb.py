@@ -1009,6 +1009,8 @@ def load_checkpoint(paths, script, fields):
     """
     import torch
 
+    if Path(paths[0]).is_dir():  # a run's, for --init_from
+        paths = sorted(Path(paths[0]).glob("step_*.pt"), reverse=True) or paths
     for path in paths:
         try:
             damage = zipfile.ZipFile(path).testzip()  # checks the checksums, which torch.load doesn't
@@ -1023,7 +1025,8 @@ def load_checkpoint(paths, script, fields):
             return checkpoint
         else:
             fail(f"{path} was made by {made_by}.py, or a version of it with other options: use that")
-    fail(f"{path} can't be read: give a checkpoint that is whole, or another --run_name")
+    fail(f"{path} can't be read: give a checkpoint that is whole, or another --run_name; of weights of others "
+         f"`python -m tools.export --from {path} --out log/NAME` makes one")  # fmt: skip
 
 
 @contextlib.contextmanager

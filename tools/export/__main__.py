@@ -6,16 +6,11 @@ A finished run for use elsewhere, and others' weights for use here.
     python -m tools.export --from gpt2 --out log/mine   # weights for
                                      # train_gpt2.py's --sample and --eval
 
-GPT-2, LLaMA, Mistral, Gemma and DeepSeek become transformers' own classes, for
-AutoModelForCausalLM, pipelines and lm-evaluation-harness; RWKV-7 becomes the
-authors' .pth, for the package rwkv. No library has a class for MTA, nor for a
-script of your own, whatever its model: they become safetensors with our names.
---from takes GPT-2 (OpenAI's included), LLaMA, Mistral and Gemma weights, by
-folder or name, that fit a script's Config, nanoGPT's ckpt.pt, and llm.c's .bin
-of a GPT-2.
-
-A run whose script's model is not today's is refused: its weights would come
-out as another model.
+GPT-2, LLaMA, Mistral, Gemma and DeepSeek become transformers' own classes, which
+llama.cpp's converter and CTranslate2 read as well, where they know the class;
+RWKV-7 becomes the .pth of the package rwkv, MTA a file with our names.
+--from takes GPT-2, LLaMA, Mistral and Gemma of transformers, by folder or name,
+and GPT-2 of nanoGPT (ckpt.pt) and llm.c (.bin), with GPT-2's vocabulary.
 """
 from dataclasses import dataclass
 from pathlib import Path

@@ -27,7 +27,7 @@ def check_folder(folder):
     if runs:
         fail(f"{folder} is a run already: a training script starts from it with --init_from {runs[-1]}")
     if (folder / "adapter_config.json").exists():
-        fail(f"{folder} is a LoRA adapter: merge it into its model by peft's merge_and_unload(), and save that")
+        fail(f"{folder} is a LoRA adapter: merge it first (peft's merge_and_unload), and save that")
     if not (folder / "config.json").exists():
         fail(f"{folder} has no config.json: give the folder of a model of transformers, or its name")
 
@@ -77,7 +77,6 @@ def read_transformers(source):
     name = ACCEPTED[kind]
     script = importlib.import_module(f"train_{name}")
     config = weights.our_config(name, theirs.config, script.Config)
-    check_vocabulary(source, config)
     check_tokenizer(source)
     model = script.Model(config).eval()
     try:
@@ -104,11 +103,12 @@ def read_nanogpt(path):
             names = our_names.get(theirs.removeprefix("_orig_mod."), [])  # torch.compile's prefix
             ours |= zip(names, tensor.chunk(max(1, len(names))))
         model = train_gpt2.Model(config)
-        lacking = model.load_state_dict(ours, strict=False).missing_keys
+        missing = model.load_state_dict(ours, strict=False).missing_keys
     except Exception as error:  # a file can hold anything
         fail(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {str(error)[:80]})")
-    if any(not name.endswith("bias") for name in lacking):  # without biases it is as with our initial zeros
-        fail(f"{path} lacks {lacking[0]} and so on: it is not a whole checkpoint of nanoGPT")
+    missing = [name for name in missing if not name.endswith("bias")]  # without biases, ours stay 0
+    if missing:
+        fail(f"{path} lacks {missing[0]} and so on: it is not a whole checkpoint of nanoGPT")
     print(f"{path}: nanoGPT's GELU is the exact one, train_gpt2.py's its tanh form: logits differ a little")
     return "gpt2", config, model.state_dict()
 
@@ -142,11 +142,6 @@ def read_llmc(path):
 # The run
 
 
-def check_vocabulary(source, config):
-    if not VOCAB_SIZE <= config.vocab_size <= 50_304:  # padded to a multiple of 128
-        fail(f"{source} has a vocabulary of {config.vocab_size:,}, which is not GPT-2's")
-
-
 def import_weights(source, out):
     """Writes a run of step 0 from a model of transformers, nanoGPT or llm.c with GPT-2's vocabulary."""
     if out.absolute().parent.resolve() != Path("log").resolve() or out.name == "..":
@@ -158,7 +153,8 @@ def import_weights(source, out):
         name, config, state_dict = read_nanogpt(source)
     else:
         name, config, state_dict = read_llmc(source)
-    check_vocabulary(source, config)
+    if not VOCAB_SIZE <= config.vocab_size <= 50_304:  # padded to a multiple of 128
+        fail(f"{source} has a vocabulary of {config.vocab_size:,}, which is not GPT-2's")
     config.run_name = out.name
     config.batch_tokens -= config.batch_tokens % config.block_size
     script = importlib.import_module(f"train_{name}")
@@ -173,7 +169,8 @@ def import_weights(source, out):
 
     command = f"python train_{name}.py --run_name {shlex.quote(out.name)}"
     print(f'Next: {command} --sample "Hello"')
-    get = "" if list(Path(config.data_dir).glob("*.bin")) else "python fineweb.py --pretokenized --shards 1 && "
-    print(f"To score it: {get}{command} --eval")
+    if not list(Path(config.data_dir).glob("*.bin")):
+        print("For data to score it on: python fineweb.py --pretokenized --shards 1")
+    print(f"To score it: {command} --eval")
     start = shlex.quote(str(max(out.glob(CHECKPOINTS))))
     print(f"To fine-tune it: python train_{name}.py --init_from {start}, see the README")

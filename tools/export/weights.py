@@ -1,12 +1,6 @@
 """
 The scripts' weights under other libraries' names, and back.
 
-    hf_config(name, config)            transformers' configuration for a script's Config
-    hf_model(name, config)             transformers' model of that shape, with random weights
-    to_hf(name, state_dict, config)    a script's state dict -> that of transformers' class
-    from_hf(name, state_dict, config)  and back: the same tensors, bit for bit
-    to_official_rwkv(state_dict, config)  train_rwkv.py's state dict -> the authors' .pth
-
 name is a key of HF_CLASSES. transformers' DeepSeek-V3 has no MTP block: to_hf leaves it out, and
 from_hf gives the state dict of a Model with mtp_depth "0".
 """
@@ -36,11 +30,9 @@ GPT2_BLOCK = {
 NORMS = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
 MLP = {"mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.proj"}
 ATTENTION = {
-    "self_attn.q_proj": "attention.q",
-    "self_attn.k_proj": "attention.k",
-    "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.proj",
-}
+    "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v", "self_attn.o_proj": "attention.proj",
+}  # fmt: skip
 LLAMA_BLOCK = NORMS | ATTENTION | MLP
 GEMMA_BLOCK = LLAMA_BLOCK | {
     "self_attn.q_norm": "attention.q_norm",
@@ -120,7 +112,7 @@ def interleaved(size):
 
 
 def order_of_rows(name, theirs, config):
-    """The order of our rows in transformers' tensor, for DeepSeek's two matrices that make rotary channels."""
+    """The order of our rows in their tensor, for DeepSeek's two matrices that make rotary channels."""
     if name != "deepseek":
         return None
     channels = interleaved(config.rope_dim)
@@ -138,15 +130,12 @@ def is_conv1d(theirs):
     return ".c_" in theirs and theirs.endswith("weight")
 
 
-def joined_dim(theirs):
-    return 1 if theirs.endswith("gate_up_proj") else 0  # (E, 2W, C): of each expert gate, then up
-
-
 def to_hf(name, state_dict, config):
     """A script's state dict -> that of transformers' HF_CLASSES[name]."""
     out = {"lm_head.weight": state_dict["wte.weight"]}
     for theirs, ours in tensor_names(name, config).items():
-        tensor = torch.cat([state_dict[part] for part in ours], joined_dim(theirs))
+        dim = 1 if theirs.endswith("gate_up_proj") else 0  # (E, 2W, C): of each expert gate, then up
+        tensor = torch.cat([state_dict[part] for part in ours], dim)
         if is_conv1d(theirs):
             tensor = tensor.T.contiguous()
         order = order_of_rows(name, theirs, config)
@@ -164,7 +153,7 @@ def from_hf(name, state_dict, config):
             tensor = tensor[order.argsort()]
         if is_conv1d(theirs):
             tensor = tensor.T
-        parts = tensor.chunk(len(ours), joined_dim(theirs))
+        parts = tensor.chunk(len(ours), dim=1 if theirs.endswith("gate_up_proj") else 0)
         out |= {part: tensor.contiguous() for part, tensor in zip(ours, parts)}
     return out
 
@@ -173,32 +162,19 @@ def from_hf(name, state_dict, config):
 # Configurations: transformers' fields on the left
 
 LLAMA_SIZES = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "block_size",
-    "num_hidden_layers": "n_layer",
-    "hidden_size": "n_embd",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
+    "vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
     "intermediate_size": "n_inner",
-}
+}  # fmt: skip
 GPT2_SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 GEMMA_SIZES = {"sliding_window": "window", "head_dim": "head_dim", "query_pre_attn_scalar": "head_dim"}
 DEEPSEEK_SIZES = {
-    "num_key_value_heads": "n_head",
-    "q_lora_rank": "q_rank",
-    "kv_lora_rank": "kv_rank",
-    "qk_nope_head_dim": "nope_dim",
-    "qk_rope_head_dim": "rope_dim",
-    "v_head_dim": "v_dim",
-    "first_k_dense_replace": "n_dense",
-    "n_routed_experts": "n_expert",
-    "num_experts_per_tok": "n_active",
-    "n_shared_experts": "n_shared",
-    "n_group": "n_group",
-    "topk_group": "topk_group",
-    "moe_intermediate_size": "n_inner_expert",
-    "routed_scaling_factor": "route_scale",
-}
+    "num_key_value_heads": "n_head", "q_lora_rank": "q_rank", "kv_lora_rank": "kv_rank",
+    "qk_nope_head_dim": "nope_dim", "qk_rope_head_dim": "rope_dim", "v_head_dim": "v_dim",
+    "first_k_dense_replace": "n_dense", "n_routed_experts": "n_expert", "num_experts_per_tok": "n_active",
+    "n_shared_experts": "n_shared", "n_group": "n_group", "topk_group": "topk_group",
+    "moe_intermediate_size": "n_inner_expert", "routed_scaling_factor": "route_scale",
+}  # fmt: skip
 SIZES = {  # the field of Config that each is
     "gpt2": GPT2_SIZES | {"n_positions": "block_size"},
     "llama": LLAMA_SIZES,
@@ -245,7 +221,7 @@ def computed_fields(name, config):
 
 
 def older_fields(name, config):
-    """The fields of config.json that transformers 4, llama.cpp and CTranslate2 read and version 5 leaves out."""
+    """What transformers 4, llama.cpp and CTranslate2 read in config.json and version 5 leaves out."""
     if name == "gpt2":
         return {"n_ctx": config.block_size}
     fields = {"rope_theta": config.rope_theta}
@@ -296,17 +272,12 @@ def our_config(name, theirs, Config):
 # ==========================================================================
 # RWKV-7: the authors' names
 
-RWKV_OUTSIDE = {"norm0": "blocks.0.ln0", "norm": "ln_out", "wte": "emb"}
-RWKV_BLOCK = {
-    "norm1": "ln1",
-    "norm2": "ln2",
-    "attention.head_norm": "att.ln_x",
-    "attention.proj": "att.output",
-    "attention": "att",
-    "mlp.up": "ffn.key",
-    "mlp.proj": "ffn.value",
-}
-RWKV_VECTORS = ("w0", "a0", "v0", "k_k", "k_a")  # have shape (1, 1, C) there
+RWKV_NAMES = {  # replaced in this order
+    "norm0.": "blocks.0.ln0.", "norm1.": "ln1.", "norm2.": "ln2.", "attention.head_norm.": "att.ln_x.",
+    "norm.": "ln_out.", "wte.": "emb.", "attention.proj.": "att.output.", "attention.": "att.",
+    "mlp.up.": "ffn.key.", "mlp.proj.": "ffn.value.", "mlp.mix": "ffn.x_k",
+}  # fmt: skip
+RWKV_VECTORS = ("w0", "a0", "v0", "k_k", "k_a", "x_k")  # have shape (1, 1, C) there
 
 
 def to_official_rwkv(state_dict, config):
@@ -317,30 +288,17 @@ def to_official_rwkv(state_dict, config):
     """
     out = {"head.weight": state_dict["wte.weight"]}
     for name, tensor in state_dict.items():
-        if not name.startswith("blocks."):
-            module, leaf = name.rsplit(".", 1)
-            out[f"{RWKV_OUTSIDE[module]}.{leaf}"] = tensor
-            continue
-        _, layer, part = name.split(".", 2)
-        block = f"blocks.{layer}"
-        module, leaf = part.rsplit(".", 1)
-        if part == "attention.mix":
+        for ours, theirs in RWKV_NAMES.items():
+            name = name.replace(ours, theirs)
+        if name.endswith("att.mix"):
             for letter, row in zip("rwkvag", tensor):
-                out[f"{block}.att.x_{letter}"] = row[None, None]
-        elif part == "mlp.mix":
-            out[f"{block}.ffn.x_k"] = tensor[None, None]
-        elif leaf in RWKV_VECTORS:
-            out[f"{block}.att.{leaf}"] = tensor[None, None]
-        elif module in RWKV_BLOCK:
-            out[f"{block}.{RWKV_BLOCK[module]}.{leaf}"] = tensor
-        else:  # attention.receptance, attention.key and attention.value
-            out[f"{block}.att.{module.removeprefix('attention.')}.{leaf}"] = tensor
-    unused = {
-        "v0": (1, 1, config.n_embd),
-        "v1": (config.n_embd, config.rank_v),
-        "v2": (config.rank_v, config.n_embd),
-    }
-    for leaf, shape in unused.items():
-        out[f"blocks.0.att.{leaf}"] = state_dict["wte.weight"].new_zeros(shape)
+                out[name.replace("mix", f"x_{letter}")] = row[None, None]
+        elif name.endswith(RWKV_VECTORS):
+            out[name] = tensor[None, None]
+        else:
+            out[name] = tensor
+    C, R = config.n_embd, config.rank_v
+    for leaf, shape in (("v0", (1, 1, C)), ("v1", (C, R)), ("v2", (R, C))):
+        out[f"blocks.0.att.{leaf}"] = torch.zeros(shape)
     # clones: tensors that share memory would be written as one
     return {name: tensor.contiguous().clone() for name, tensor in out.items()}

@@ -40,17 +40,26 @@ def all_or_nothing(out):
 
 
 def read_run(folder):
-    """(its script, newest checkpoint) of a run: the module is the run's own copy. SystemExit if it has none."""
+    """(path of its script, Model of the newest checkpoint, checkpoint) of a run. SystemExit if it has none.
+
+    The script is the run's own copy. The model is without the rows that pad the vocabulary, since other
+    programs look a token up for each.
+    """
     paths = sorted(folder.glob(CHECKPOINTS), reverse=True)
     copies = sorted(folder.glob("train_*.py"))
     if not paths or not copies:
         what = "copy of a training script" if paths else "checkpoint"
         fail(f"{folder} holds no {what}: give the folder of a run, as log/gpt2")
-    name = copies[0].stem
-    script, why = load_script(name, folder)
+    script, why = load_script(copies[0].stem, folder)
     if script is None:
         fail(f"{copies[0]} {why}")
-    return script, fineweb.load_checkpoint(paths, name, vars(script.Config()))
+    checkpoint = fineweb.load_checkpoint(paths, copies[0].stem, vars(script.Config()))
+    config = script.Config(**checkpoint["config"])
+    config.vocab_size = checkpoint["data"]["vocab_size"]
+    checkpoint["model"]["wte.weight"] = checkpoint["model"]["wte.weight"][: config.vocab_size]
+    model = script.Model(config).eval()
+    model.load_state_dict(checkpoint["model"])
+    return copies[0], model, checkpoint
 
 
 @torch.no_grad()
@@ -93,95 +102,50 @@ def read_results(path, checkpoint):
 
 
 # ==========================================================================
-# The model card
+# Weights: each function writes them into a folder
 
-LOST = {  # what other programs make of an export, beside transformers
-    "mistral": "llama.cpp and CTranslate2 leave out the sliding window: beyond {window} tokens their logits "
-    "are others.",
-    "gemma": "llama.cpp and CTranslate2 take every sixth layer for one with full attention, here it is "
-    "every {global_every}th.",
-    "deepseek": "The class lacks the prediction of a second token: its parameters are left out.",
-}
+HOW_HF = """Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def is_lost(name, config):
-    """Whether LOST's sentence on an architecture is true of a model."""
-    if name == "mistral":
-        return config.window < config.block_size
-    if name == "gemma":
-        return config.global_every != 6
-    return name == "deepseek" and config.mtp_depth != "0"
+folder = {folder!r}  # the one of this file
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+```
+"""
+HOW_RWKV = """Load it with the package `rwkv`.
 
+```python
+import os
+os.environ["RWKV_V7_ON"] = "1"  # before the import
+from rwkv.model import RWKV
+from rwkv.utils import PIPELINE
 
-def front_matter(data, library):
-    """The YAML that the hub reads at the top of a model card: what is known, so no licence."""
-    lines = ["---", "pipeline_tag: text-generation"]
-    if library:
-        lines.append(f"library_name: {library}")
-    repository = data["dataset"].split(" ")[0]  # its folder may follow
-    if "/" in repository and data["fingerprint"]:
-        lines += ["datasets:", f"- {repository}"]
-    return "\n".join([*lines, "---", ""])
+folder = {folder!r}  # the one of this file
+model = RWKV(model=folder + "/model", strategy="cpu fp32")
+tokenizer = PIPELINE(model, folder + "/tokenizer.json")
+```
+"""
+HOW_OURS = """No library has a class for it: load it with the Model of its script, in the folder of NanoTitan.
 
+```python
+import json
+from pathlib import Path
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tools.common import load_script
 
-def model_card(name, model, checkpoint, source, how):
-    """README.md of an exported model, in Markdown.
-
-    source: the run's copy of its script. how: Markdown that says how to load it.
-    """
-    step = checkpoint["step"]
-    data = checkpoint["data"]
-    config = model.config
-    tokens = step * config.batch_tokens
-    trained = sum(p.numel() for p in model.parameters())
-    results = read_results(source.with_name("log.jsonl"), checkpoint)
-    facts = {
-        "architecture": name,
-        "parameters": f"{trained:,} trained, without padding of the vocabulary",
-        "steps": f"{step:,} of {config.max_steps:,}",
-        "tokens": f"{tokens:,}",
-        "initial weights": config.init_from or "random",
-        "data": data["dataset"],
-        "tokenizer": data["tokenizer"],
-        "context": f"{config.block_size:,} tokens, those of the prompt and those to come",
-        "recipe": f"{config.recipe}, with the settings below",
-        "seed": config.seed,
-        "script": f"{source.name}, sha256 {script_hash(source)}…",
-    }
-    lines = [f"# {name}, trained with NanoTitan", ""]
-    if step == 0:
-        lines += [f"Not trained: its weights were imported from {data['dataset']}.", ""]
-        facts["initial weights"] = data["dataset"]
-    lines += [
-        f"A small language model ({trained:,} parameters, trained on {tokens:,} tokens), made to compare "
-        "architectures and not for use: nothing has taught it to follow instructions, and what it says is "
-        "often wrong.",
-        "",
-    ]
-    lines += [f"- {key}: {value}" for key, value in facts.items()]
-    lines += ["", "## Results", ""]
-    if results:
-        lines += [f"- {line}" for line in results]
-        lines += ["", f"Of step {step}; ± is one standard error, over the items."]
-    else:
-        lines.append(f"The log has no evaluation of step {step} on the data above.")
-    lines += ["", "## How to load it", "", how]
-    if is_lost(name, config):
-        lines += ["", LOST[name].format(**vars(config))]
-    lines += ["", "## Config", "", "```json", json.dumps(checkpoint["config"], indent=1), "```", ""]
-    library = "transformers" if name in weights.HF_CLASSES else None
-    return front_matter(data, library) + "\n".join(lines)
+folder = Path({folder!r})  # the one of this file
+script, _ = load_script({script!r}, folder)
+model = script.Model(script.Config(**json.loads((folder / "config.json").read_text())))
+model.load_state_dict(load_file(folder / "model.safetensors"))
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+```
+"""
 
 
-# ==========================================================================
-# The three kinds of folders. Each function writes the weights into one, and returns how to load them
-
-
-def python(*lines):
-    return "\n".join(["", "```python", *lines, "```"])
-
-
-def write_hf(name, model, folder, out):
+def write_hf(name, model, folder):
     """A model of transformers."""
     import transformers
 
@@ -193,21 +157,11 @@ def write_hf(name, model, folder, out):
     check_logits(lambda idx: model(idx)[0], lambda idx: theirs(idx).logits, config, what)
     # without max_length pipelines add 256 tokens, which may be more than the context
     theirs.generation_config.update(do_sample=True, top_k=50, max_length=config.block_size)
+    theirs.config.update(weights.older_fields(name, config))
     theirs.save_pretrained(folder)
-    path = folder / "config.json"
-    fields = json.loads(path.read_text(encoding="utf-8")) | weights.older_fields(name, config)
-    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    how = "Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`."
-    return how + "\n" + python(
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"folder = {str(out)!r}  # the one of this file",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = AutoModelForCausalLM.from_pretrained(folder)",
-    )
 
 
-def write_official_rwkv(model, folder, out):
+def write_official_rwkv(model, folder):
     """The .pth of RWKV-7's authors."""
     import train_rwkv
 
@@ -217,71 +171,91 @@ def write_official_rwkv(model, folder, out):
     check_logits(lambda idx: model(idx)[0], lambda idx: today(idx)[0], model.config, what)
     tensors = weights.to_official_rwkv(model.state_dict(), model.config)
     fineweb.write_atomic(folder / "model.pth", lambda file: torch.save(tensors, file))
-    return "Load it with the package `rwkv`.\n" + python(
-        "import os",
-        "os.environ['RWKV_V7_ON'] = '1'  # before the import",
-        "from rwkv.model import RWKV",
-        "from rwkv.utils import PIPELINE",
-        "",
-        f"folder = {str(out)!r}  # the one of this file",
-        "model = RWKV(model=folder + '/model', strategy='cpu fp32')",
-        "tokenizer = PIPELINE(model, folder + '/tokenizer.json')",
-    )
 
 
-def write_safetensors(name, model, folder, out):
-    """The tensors under our names."""
+def write_ours(model, source, folder):
+    """The tensors under our names, and the script."""
     from safetensors.torch import save_file
 
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")
-    fields = json.dumps({"architecture": name, **vars(model.config)}, indent=1)
-    (folder / "config.json").write_text(fields, encoding="utf-8")
-    print(f"{name}: no library has a class for it, so the safetensors have train_{name}.py's names")
-    how = f"No library has a class for this architecture: load it with the Model of `train_{name}.py`."
-    return how + "\n" + python(
-        "import json",
-        "from pathlib import Path",
-        "from safetensors.torch import load_file",
-        "from tokenizers import Tokenizer",
-        "from tools.common import load_script",
+    (folder / "config.json").write_text(json.dumps(vars(model.config), indent=1), encoding="utf-8")
+    shutil.copyfile(source, folder / source.name)
+
+
+# ==========================================================================
+# The model card
+
+
+def losses_elsewhere(name, config):
+    """A sentence on what other programs leave out of an export, or an empty one."""
+    if name == "mistral" and config.window < config.block_size:
+        return f"llama.cpp and CTranslate2 leave out its window: beyond {config.window} tokens they differ."
+    if name == "gemma" and config.global_every != 6:
+        return ("llama.cpp and CTranslate2 take every sixth layer for one of full attention, "
+                f"which here is every {config.global_every}.")  # fmt: skip
+    if name == "deepseek" and config.mtp_depth != "0":
+        return "The class lacks the prediction of a second token: its parameters are left out."
+    return ""
+
+
+def model_card(name, model, checkpoint, source, how):
+    """README.md of an exported model, in Markdown. source: the run's script. how: to load it."""
+    step = checkpoint["step"]
+    data = checkpoint["data"]
+    config = model.config
+    tokens = step * config.batch_tokens
+    trained = sum(p.numel() for p in model.parameters())
+    library = ["library_name: transformers"] if name in weights.HF_CLASSES else []
+    lines = ["---", "pipeline_tag: text-generation", *library, "---", f"# {name}, trained with NanoTitan", ""]
+    if step == 0:
+        lines += [f"Not trained: its weights were imported from {data['dataset']}.", ""]
+    lines += [
+        f"A small language model ({trained:,} parameters, trained on {tokens:,} tokens), made to compare "
+        "architectures and not for use: nothing has taught it to follow instructions, and what it says is "
+        "often wrong.",
         "",
-        f"folder = Path({str(out)!r})  # the one of this file",
-        f"script, _ = load_script('train_{name}', folder)  # its own copy",
-        "fields = json.loads((folder / 'config.json').read_text())",
-        "del fields['architecture']",
-        "model = script.Model(script.Config(**fields))",
-        "model.load_state_dict(load_file(folder / 'model.safetensors'))",
-        "tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))",
-    )
+        f"- architecture: {name}",
+        f"- parameters: {trained:,} trained, without padding of the vocabulary",
+        f"- steps: {step:,} of {config.max_steps:,}",
+        f"- tokens: {tokens:,}",
+        f"- data: {data['dataset']}",
+        f"- tokenizer: {data['tokenizer']}",
+        f"- context: {config.block_size:,} tokens, those of the prompt and those to come",
+        f"- recipe: {config.recipe}, with the settings below",
+        f"- script: {source.name}, sha256 {script_hash(source)}…",
+        "",
+        "## Results",
+        "",
+    ]
+    results = read_results(source.with_name("log.jsonl"), checkpoint)
+    lines += [f"- {line}" for line in results] or ["The log has none of this step and data."]
+    lines += ["", f"Of step {step}; ± is one standard error, over the items."] if results else []
+    lines += ["", "## How to load it", "", how, losses_elsewhere(name, config), ""]
+    lines += ["## Config", "", "```json", json.dumps(checkpoint["config"], indent=1), "```", ""]
+    return "\n".join(lines)
 
 
 def export(folder, out):
     """Writes the newest checkpoint of a run as what others load."""
     check_out(out)
-    script, checkpoint = read_run(folder)
-    name = checkpoint["script"].removeprefix("train_")
-    data = checkpoint["data"]
-    config = script.Config(**checkpoint["config"])
-    tokenizer = fineweb.get_tokenizer(data["tokenizer"], config.data_dir)
-    # without the rows that pad the vocabulary: other programs look a token up for each
-    config.vocab_size = data["vocab_size"]
-    checkpoint["model"]["wte.weight"] = checkpoint["model"]["wte.weight"][: config.vocab_size]
-    model = script.Model(config).eval()
-    model.load_state_dict(checkpoint["model"])
-    source = folder / f"train_{name}.py"
+    source, model, checkpoint = read_run(folder)
+    name = source.stem.removeprefix("train_")
+    tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"], model.config.data_dir)
     with all_or_nothing(out) as part:
         if name in weights.HF_CLASSES:
-            how = write_hf(name, model, part, out)
+            how = HOW_HF
+            write_hf(name, model, part)
         elif name == "rwkv":
-            how = write_official_rwkv(model, part, out)
+            how = HOW_RWKV
+            write_official_rwkv(model, part)
         else:
-            how = write_safetensors(name, model, part, out)
-            shutil.copyfile(source, part / source.name)
-        write_tokenizer(tokenizer, config.block_size, part)
-        card = model_card(name, model, checkpoint, source, how)
+            how = HOW_OURS
+            write_ours(model, source, part)
+        how = how.format(folder=str(out), script=source.stem)
+        write_tokenizer(tokenizer, model.config.block_size, part)
         readme = part / "README.md"
-        readme.write_text(card, encoding="utf-8")
+        readme.write_text(model_card(name, model, checkpoint, source, how), encoding="utf-8")
         for path in part.iterdir():  # safetensors makes files that only their owner can read
             path.chmod(readme.stat().st_mode)
     print(f"{out}: {how.splitlines()[0]}")
