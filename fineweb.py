@@ -958,6 +958,8 @@ def load_checkpoint(paths, script, fields):
     """
     import torch
 
+    if Path(paths[0]).is_dir():  # a run's, for --init_from
+        paths = sorted(Path(paths[0]).glob("step_*.pt"), reverse=True) or paths
     for path in paths:
         try:
             damage = zipfile.ZipFile(path).testzip()  # checks the checksums, which torch.load doesn't
@@ -971,7 +973,7 @@ def load_checkpoint(paths, script, fields):
             return checkpoint
         else:
             fail(f"{path} is of {checkpoint['script']}.py, or a version of it with other options: use that")
-    fail(f"{path} can't be read: give a checkpoint that is whole, or another --run_name")
+    fail(f"{path} is no whole checkpoint: name another; `python -m tools.export --from` makes one of others'")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 HellaSwag: which of four endings does a language model find the most likely?
 (Zellers et al., 2019.)
 
-    python hellaswag.py --hf gpt2                  # score a Hugging Face model
+    python hellaswag.py --hf gpt2                  # score a model, in float32
     python hellaswag.py --hf gpt2 --file my.jsonl  # items from a file of yours
 
 The training scripts import it. Two conventions are in use and differ by
@@ -205,7 +205,8 @@ def make_batches(items, convention, encode, block_size, items_per_batch=ITEMS_PE
         prefix = encode(context)
         rows = []
         for ending in endings:
-            tokens = encode(spaces + " " + ending)
+            # SentencePiece would begin an ending of its own with another token than the same one here
+            tokens = encode(context + spaces + " " + ending)[len(prefix) :]
             row = (prefix + tokens)[-(block_size + 1) :]
             rows.append((row, min(len(tokens), len(row) - 1)))
         rows_of.append(rows)
@@ -405,9 +406,13 @@ def main():
         model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device} can't be used: {str(error).splitlines()[0]}")
+    say(f"{args.hf} in float32 on {device}")
+
+    starts = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]  # if the tokenizer begins texts with <s>
 
     def encode(text):
-        return tokenizer.encode(text, add_special_tokens=False)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        return [tokenizer.bos_token_id] + tokens if starts else tokens
 
     block_size = getattr(model.config, "max_position_embeddings", None) or 1024
     conventions = CONVENTIONS if args.convention == "both" else (args.convention,)
@@ -425,7 +430,7 @@ def load_hugging_face(name):
     except ImportError:
         fail("scoring a Hugging Face model needs the package transformers: pip install transformers")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a damaged folder can raise anything
         reason = str(error).strip() or type(error).__name__

@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from conftest import ROOT
 from reference import cross_entropy, window_attention
 
-from tools import weights
+from tools.export import weights
 
 # ==========================================================================
 # Models

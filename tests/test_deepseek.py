@@ -10,7 +10,7 @@ from helpers import (assert_all_close, assert_close, assert_norm_rounds_once, as
 from reference import balance_loss, experts_by_loop
 
 import train_deepseek
-from tools import weights
+from tools.export import weights
 from train_deepseek import Config, Experts, Model, Norm, Router
 
 SMALL = dict(
