@@ -573,7 +573,6 @@ def write_sample(folder=SAMPLE):
         write_shards(folder, manifest, source, last_shard=None, total=n_tokens, workers=0)
     finally:
         locks.pop(folder.resolve()).release()
-    say(f"wrote {n_tokens:,} bytes of English to {folder}")
 
 
 def sample_documents():
@@ -932,8 +931,7 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
             return action()
         except Exception as error:
             # the hub's client changes its HTTP library now and then: requests, httpx, httpx2
-            kinds = (OSError, multiprocessing.TimeoutError)
-            if not isinstance(error, kinds) and not type(error).__module__.startswith("http"):
+            if not isinstance(error, OSError) and type(error).__module__[:4] not in ("http", "mult"):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", None)
             words = " ".join(f"{type(error).__name__} {error}".split())

@@ -8,7 +8,7 @@ import tyro
 import fineweb
 from tools import compare
 from tools.common import parse
-from tools.compare import bands, report, runs as reading
+from tools.compare import bands, report, runs as reading, tables
 from tools.compare.runs import Unreadable
 
 
@@ -59,9 +59,7 @@ def collect(path, runs):
 def main():
     args = parse(Args, "tools.compare", compare.__doc__)
     if args.table:
-        from tools.models import scripts_table
-
-        print(scripts_table(), end="")
+        print(tables.scripts_table(), end="")
         return
     runs, left_out = reading.read_all(args.runs)
     if not runs:
