@@ -1,6 +1,6 @@
 """The README's commands, links and diff are real."""
-import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -61,15 +61,11 @@ def test_commands_parse(command, monkeypatch, tmp_path):
         parse(*args, **kwargs)
         raise Reached
 
-    name = program.removesuffix(".py")
-    if (ROOT / name.replace(".", "/")).is_dir():
-        name += ".__main__"
-    module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [program, *rest])
     monkeypatch.setattr(tyro, "cli", understood)
     with pytest.raises((Reached, SystemExit)) as ended:
-        module.main()
+        runpy.run_module(program.removesuffix(".py"), run_name="__main__")
     assert ended.type is Reached or ("--help" in rest and not ended.value.code), command
 
 

@@ -15,7 +15,7 @@ from tools.export.tokenizer import hf_tokenizer
 from tools.export.write import CHECKPOINTS, check_logits, check_out
 
 ACCEPTED = {weights.HF_CLASSES[name]: name for name in ("gpt2", "llama", "mistral", "gemma")}
-VOCAB_SIZE = fineweb.VOCAB_SIZE["gpt2"]
+VOCAB_SIZE = fineweb.n_vocab("gpt2")
 
 # ==========================================================================
 # Each reader returns (name of the architecture, Config of its shape, state dict)
