@@ -216,7 +216,8 @@ def install():
 
     def define_kernel(self, source, schedule, kernel):
         name = define(self, source, schedule, kernel)
-        trace.kernels[name] = kernel_bytes(kernel, schedule)
+        if name not in trace.kernels:  # a kernel with the same source is the same
+            trace.kernels[name] = kernel_bytes(kernel, schedule)
         return name
 
     call = CompiledFxGraph.__call__
