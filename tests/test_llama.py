@@ -6,7 +6,7 @@ from helpers import (assert_close, assert_norm_rounds_once, assert_parity, asser
 from reference import rotate_neighbours
 
 import train_llama
-from tools.weights import interleaved
+from tools.export.weights import interleaved
 from train_llama import Config, Model, Norm, rope_table, rotate
 
 SMALL = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=300, block_size=24)

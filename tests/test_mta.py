@@ -10,7 +10,7 @@ from helpers import (assert_all_close, assert_checkpoints_change_nothing, assert
 from reference import convolve_maps, cross_entropy, mta_logits, rms_norm, rotate_neighbours
 
 import train_mta
-from tools.weights import interleaved
+from tools.export.weights import interleaved
 from train_mta import Attention, Config, Model, convolve, rope_table
 
 SMALL = dict(  # block 1 convolves

@@ -15,7 +15,7 @@ from reference import cross_entropy, recurrence_by_token, rwkv_logits
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_rwkv
-from tools.weights import to_official_rwkv
+from tools.export.weights import to_official_rwkv
 from train_rwkv import CHUNK, Config, L2Wrap, Model, Solve, recurrence
 
 SMALL = dict(
