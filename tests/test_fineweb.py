@@ -236,9 +236,9 @@ def lines(*texts):
 @pytest.mark.parametrize("name, content", [
     ("a.jsonl", lines(*TEXTS)),
     ("a.jsonl", b"\xef\xbb\xbf" + lines(*TEXTS).replace(b"\n", b"\n\n").replace(b'""', b"null")),
-    ("a.jsonl.gz", gzip.compress(lines(*TEXTS))),
+    ("a.jsonl.gz", gzip.compress(lines(*TEXTS), mtime=0)),
     ("a.jsonl", lines("One.<|endoftext|>", "", "Zwei €.<|endoftext|>Three.<|endoftext|>\n")),
-])  # fmt: skip
+], ids=["plain", "odd", "packed", "separators"])  # fmt: skip
 def test_the_same_documents_however_they_are_packed(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     in_process(tmp_path / "out", [tmp_path / name])
