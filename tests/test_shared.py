@@ -95,7 +95,8 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
     first = subprocess.Popen([sys.executable, "-c", LOCKER, folder], **options)
     assert first.stdout.readline() == "locked\n"
-    with pytest.raises(SystemExit, match=f"{folder} .*{first.pid} on {socket.gethostname()}: do something else$"):
+    holder = f"{first.pid} on {socket.gethostname()}"
+    with pytest.raises(SystemExit, match=f"{folder} .*{holder}: do something else$"):
         fineweb.lock(folder, "do something else")
     waiting = subprocess.Popen([sys.executable, "-c", LOCKER, folder, "wait"], **options)
     assert str(first.pid) in waiting.stdout.readline()
