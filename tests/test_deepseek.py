@@ -222,7 +222,8 @@ def mean_mtp_by_hand(model, idx, targets):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("step, weight", [(0, 0.3), (99, 0.3), (100, 0.1)])  # 148 steps stand for 14.8T tokens
+# 148 steps stand for 14.8T tokens
+@pytest.mark.parametrize("step, weight", [(0, 0.3), (99, 0.3), (100, 0.1)])
 def test_the_mtp_loss_is_that_of_the_paper_and_only_in_the_gradient(step, weight):
     model = perturbed(train_deepseek, **SMALL | {"balance_alpha": 1e-30}).double()
     model.step.fill_(step)

@@ -35,8 +35,8 @@ def test_ten_training_steps_equal_a_plain_loop_over_transformers(micro_batch):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for step in range(10):
         batch = tokens(4, 25, seed=step)
-        plain = contextlib.nullcontext()
-        loss, norm, figures = train_gpt2.train_step(model, model, ours, scaler, step, batch, micro_batch, plain)
+        where = (step, batch, micro_batch, contextlib.nullcontext())
+        loss, norm, figures = train_gpt2.train_step(model, model, ours, scaler, *where)
         theirs.zero_grad()
         reference = cross_entropy(twin(batch[:, :-1]).logits, batch[:, 1:])
         reference.backward()

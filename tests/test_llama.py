@@ -47,7 +47,8 @@ def test_rotary_positions_are_the_other_pairing_with_permuted_weights():
 
 
 @pytest.mark.parametrize("fields, words", [
-    (dict(n_embd=36, n_head=4), "--n_embd 36 .* --n_head 4"), (dict(n_kv_head=5), "--n_head 12 .* --n_kv_head 5"),
+    (dict(n_embd=36, n_head=4), "--n_embd 36 .* --n_head 4"),
+    (dict(n_kv_head=5), "--n_head 12 .* --n_kv_head 5"),
 ])  # fmt: skip
 def test_shapes_that_can_not_be(fields, words):
     with pytest.raises(SystemExit, match=words):

@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 import fineweb
 import train_gpt2
 
-quickly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+allowed = [HealthCheck.function_scoped_fixture]
+quickly = settings(max_examples=60, deadline=None, suppress_health_check=allowed)
 
 
 @pytest.fixture(scope="module")
 def checkpoint():
     """The bytes of a small checkpoint, and what it holds."""
     torch.manual_seed(0)
-    saved = {"script": "train_gpt2", "step": 3, "config": {"n_layer": 1}, "model": {"weight": torch.randn(40, 20)}}
+    saved = {"script": "train_gpt2", "step": 3, "config": {"n_layer": 1}}
+    saved["model"] = {"weight": torch.randn(40, 20)}
     file = io.BytesIO()
     torch.save(saved, file)
     return file.getvalue(), saved

@@ -26,8 +26,9 @@ from fineweb import fail, write_atomic
 ROOT = Path(__file__).parent.parent
 ORIGINAL = ROOT / "train_gpt2.py"
 SCRIPTS = {
-    "GPT-2": "train_gpt2.py", "LLaMA": "train_llama.py", "Mistral": "train_mistral.py", "Gemma": "train_gemma.py",
-    "DeepSeek": "train_deepseek.py", "RWKV-7": "train_rwkv.py", "MTA": "train_mta.py",
+    "GPT-2": "train_gpt2.py", "LLaMA": "train_llama.py", "Mistral": "train_mistral.py",
+    "Gemma": "train_gemma.py", "DeepSeek": "train_deepseek.py", "RWKV-7": "train_rwkv.py",
+    "MTA": "train_mta.py",
 }  # fmt: skip
 DEFINITION = re.compile(
     r"^# The same in (?P<scripts>.*)\.\n"  # the comment
@@ -65,7 +66,8 @@ def definitions(path):
     found = {}
     for match in DEFINITION.finditer(path.read_text()):
         names = re.split(r", | and ", match["scripts"])
-        found[match["name"]] = ([SCRIPTS.get(name, name) for name in names], match.group().rstrip("\n") + "\n")
+        files = [SCRIPTS.get(name, name) for name in names]
+        found[match["name"]] = (files, match.group().rstrip("\n") + "\n")
     return found
 
 
