@@ -89,10 +89,18 @@ def test_a_config_goes_there_and_back(name):
 
 # ---- whole models
 
+OLDER = {  # what transformers 4, llama.cpp's converter and CTranslate2 read in config.json
+    "gpt2": {"n_ctx": 64},
+    "llama": {"rope_theta": 500_000.0},
+    "mistral": {"rope_theta": 10_000.0},
+    "gemma": {"rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 2},
+    "deepseek": {"rope_theta": 10_000.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
+
 
 @pytest.mark.parametrize("name", weights.HF_CLASSES)
 def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, monkeypatch):
-    model = trained(name, tmp_path / "log")
+    model = trained(name, tmp_path / "log", **({"global_every": 2} if name == "gemma" else {}))
     call(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     idx = random_ids(2)
@@ -100,6 +108,10 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, monkeyp
         logits = theirs(idx).logits
         assert logits.shape[-1] == 257  # no rows for padding, which other programs want tokens for
         assert_close(model(idx)[0][..., :257], logits)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert OLDER[name].items() <= config.items() and config["vocab_size"] == 257
+    files = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert files["tokenizer_class"] == "PreTrainedTokenizerFast"  # the name that transformers 4 knows
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "The café's  number, of 1234 things\n\n it's — 日本."
     ids = fineweb.get_tokenizer("bytes").encode_ordinary(text)
@@ -111,27 +123,6 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, monkeyp
     (result,) = pipe("The number", max_new_tokens=5)
     assert result["generated_text"].startswith("The number")
     assert theirs.generation_config.max_length == 64  # pipelines would go 256 tokens beyond the context
-
-
-OLDER = {  # what transformers 4, llama.cpp's converter and CTranslate2 read in config.json
-    "gpt2": {"n_ctx": 64},
-    "llama": {"rope_theta": 500_000.0},
-    "mistral": {"rope_theta": 10_000.0},
-    "gemma": {"rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 3},
-    "deepseek": {"rope_theta": 10_000.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-}
-
-
-@pytest.mark.parametrize("name", OLDER)
-def test_the_files_have_what_older_readers_read(name, tmp_path, monkeypatch):
-    fields = {"n_layer": 3, "global_every": 3} if name == "gemma" else {}
-    trained(name, tmp_path / "log", **fields)
-    call(monkeypatch, tmp_path / "log", "--out", tmp_path / "hf")
-    config = json.loads((tmp_path / "hf/config.json").read_text())
-    assert OLDER[name].items() <= config.items() and config["vocab_size"] == 257
-    tokenizer = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert tokenizer["unk_token"] == "<|endoftext|>" and tokenizer["model_max_length"] == 64
 
 
 def test_rwkv_comes_out_as_the_file_that_its_package_loads(tmp_path, monkeypatch):
@@ -154,7 +145,8 @@ def run_card(folder):
     return loaded
 
 
-@pytest.mark.parametrize("name", ["llama", "mta"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mta", "rwkv"])
 def test_the_cards_way_to_load_it_works(name, tmp_path, monkeypatch):
     model = trained(name, tmp_path / "run")
     call(monkeypatch, tmp_path / "run", "--out", tmp_path / "out")
@@ -162,20 +154,12 @@ def test_the_cards_way_to_load_it_works(name, tmp_path, monkeypatch):
     ids = loaded["tokenizer"].encode("ab")
     assert (ids.ids if name == "mta" else ids) == [97, 98]
     with torch.no_grad():
-        logits = loaded["model"].eval()(random_ids())
-        assert_close(model(random_ids())[0][..., :257], logits[0] if name == "mta" else logits.logits)
-
-
-@pytest.mark.slow
-def test_the_cards_way_to_load_rwkv_works(tmp_path, monkeypatch):
-    pytest.importorskip("rwkv")
-    model = trained("rwkv", tmp_path / "run")
-    call(monkeypatch, tmp_path / "run", "--out", tmp_path / "out")
-    loaded = run_card(tmp_path / "out")
-    assert loaded["tokenizer"].encode("ab") == [97, 98] and loaded["tokenizer"].decode([97, 98]) == "ab"
-    logits, _ = loaded["model"].forward(random_ids()[0].tolist(), None)
-    with torch.no_grad():
-        assert_close(model(random_ids())[0][0, -1, :257], logits.float())
+        if name == "rwkv":  # its package computes the logits of the last token
+            logits = loaded["model"].forward(random_ids()[0].tolist(), None)[0]
+        else:
+            logits = loaded["model"].eval()(random_ids())
+            logits = (logits[0] if name == "mta" else logits.logits)[0, -1]
+        assert_close(model(random_ids())[0][0, -1, :257], logits)
 
 
 # ---- what an export holds beside the weights
@@ -249,13 +233,12 @@ def test_the_card_has_the_runs_facts_and_results(name, tmp_path, monkeypatch):
     call(monkeypatch, tmp_path / "run", "--out", tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
     library = {"library_name": "transformers"} if name in weights.HF_CLASSES else {}
-    assert card.data.to_dict() == {"pipeline_tag": "text-generation"} | library  # no licence: nobody has said one
+    assert card.data.to_dict() == {"pipeline_tag": "text-generation"} | library  # no licence: none is known
     _, model = make_model(name, vocab_size=257)
     trainable = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-    sha256 = hellaswag.hashlib.sha256((tmp_path / f"run/train_{name}.py").read_bytes()).hexdigest()
     for fact in (
         f"# {name}", trainable, "7 of 19,073", f"{7 * 524_288:,}", "- data: sample", "- tokenizer: bytes",
-        "64 tokens", '"seed": 5', f"sha256 {sha256[:16]}", "validation loss 1.7131 ", "4,096 tokens",
+        "64 tokens", '"seed": 5', "validation loss 1.7131 ", "4,096 tokens",
         "cloze (nanogpt): acc 71.00 ± 2.20, acc_norm 70.25 ± 2.29 (400 items, chance 25)",
         "hellaswag (nanogpt): acc 29.00",  # whose items are always the same
     ):  # fmt: skip
@@ -265,21 +248,21 @@ def test_the_card_has_the_runs_facts_and_results(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, fields, expected", [
-    ("mistral", {"window": 16}, "window: beyond 16 tokens"),
-    ("mistral", {"window": 64}, ""),
-    ("gemma", {"global_every": 3}, "every 3"),
-    ("gemma", {"global_every": 6}, ""),
-    ("deepseek", {"mtp_depth": "1"}, "second token"),
-    ("deepseek", {"mtp_depth": "0"}, ""),
-    ("llama", {}, ""),
+    ("mistral", {"window": 16}, ["Beyond 16 tokens"]),
+    ("mistral", {"window": 64}, []),
+    ("gemma", {"window": 16, "global_every": 3}, ["more than 16 tokens", "not every 3"]),
+    ("gemma", {"window": 64, "global_every": 6}, []),
+    ("deepseek", {"mtp_depth": "1"}, ["second token"]),
+    ("deepseek", {"mtp_depth": "0"}, []),
+    ("llama", {}, []),
 ])  # fmt: skip
-def test_the_card_says_what_other_programs_leave_out(name, fields, expected, tmp_path, monkeypatch):
+def test_the_card_says_what_is_lost(name, fields, expected, tmp_path, monkeypatch):
     trained(name, tmp_path / "run", **fields)
     call(monkeypatch, tmp_path / "run", "--out", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert expected in card
-    for words in ("window:", "sixth layer", "second token"):
-        assert (words in card) == (words in expected + " sixth layer" * (expected == "every 3"))
+    known = ("Beyond 16 tokens", "more than 16 tokens", "not every 3", "second token")
+    assert [words for words in known if words in card] == expected
+    assert "CTranslate2" not in card or expected
     assert "The log has none" in card  # of a run without a log
 
 
@@ -312,7 +295,8 @@ def test_out_and_back_in_is_the_same_model(name, tmp_path, monkeypatch):
     assert checkpoint["script"] == script.SCRIPT and checkpoint["step"] == 0
     assert checkpoint["optimizer"] == checkpoint["scaler"] == {}
     assert checkpoint["config"] == vars(model.config) | {"run_name": "again"}
-    assert checkpoint["data"] == {"dataset": "hf", "tokenizer": "gpt2", "vocab_size": 50_257, "fingerprint": ""}
+    data = {"dataset": "hf", "tokenizer": "gpt2", "vocab_size": 50_257, "fingerprint": ""}
+    assert checkpoint["data"] == data
     assert checkpoint["model"].keys() == model.state_dict().keys()
     for key, tensor in model.state_dict().items():
         assert torch.equal(checkpoint["model"][key], tensor), key
@@ -340,7 +324,8 @@ def test_nanogpts_checkpoint(bias, tmp_path, monkeypatch, capsys):
         else:  # all of them nn.Linear, under torch.compile's prefix
             theirs["_orig_mod." + key] = torch.cat([model.state_dict()[part] for part in parts])
     theirs["_orig_mod.lm_head.weight"] = theirs["_orig_mod.transformer.wte.weight"]
-    shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    fields = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    shape = {name: getattr(model.config, name) for name in fields}
     content = {"model": theirs, "model_args": shape | {"bias": bias, "dropout": 0.0}, "iter_num": 5}
     torch.save(content, "ckpt.pt")
     call(monkeypatch, "--from", "ckpt.pt", "--out", "log/nano")
@@ -409,7 +394,8 @@ def test_the_commands_that_import_prints_work(tmp_path, monkeypatch, run):
     theirs.save_pretrained("theirs")
     status, said = run(export, "--from", "theirs", "--out", "log/my run")
     assert status == 0
-    commands = re.findall(r"^(?:Next|To score it|To fine-tune it): python train_gpt2.py (.*?)(?:, see .*)?$", said, re.M)
+    pattern = r"^(?:Next|To score it|To fine-tune it): python train_gpt2.py (.*?)(?:, see .*)?$"
+    commands = re.findall(pattern, said, re.MULTILINE)
     sample, evaluate, tune = map(shlex.split, commands)
     assert sample == ["--run_name", "my run", "--sample", "Hello"]
     assert evaluate == ["--run_name", "my run", "--eval"]
@@ -467,7 +453,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     mistakes = {
         ("--out", "hf"): "--from",
         ("nowhere", "--out", "hf"): "nowhere holds no checkpoint",
-        ("run/step_00000007.pt", "--out", "hf"): "step_00000007.pt holds no checkpoint: give the folder of a run",
+        ("run/step_00000007.pt", "--out", "hf"): "step_00000007.pt holds no checkpoint",
         ("run", "--out", "full"): "full is not empty",
         ("run", "--out", "file"): "--out file is a file",
         ("run", "--out", "file/hf"): "file.*: Not a directory",
@@ -515,15 +501,6 @@ def test_weights_that_do_not_fit_are_refused(change, expected, tmp_path, monkeyp
     assert not Path("log").exists()
 
 
-def test_another_architecture_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
-    config = transformers.OPTConfig(vocab_size=257, word_embed_proj_dim=32, **shape)
-    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
-    with pytest.raises(SystemExit, match="is a OPTForCausalLM"):
-        call(monkeypatch, "--from", "opt", "--out", "log/in")
-
-
 @pytest.mark.parametrize("name, old, new", [
     ("gpt2", 'approximate="tanh"', 'approximate="none"'),
     ("rwkv", "F.relu(", "F.gelu("),
@@ -547,7 +524,6 @@ def test_gpt2_tokenizer_equals_tiktokens():
     except SystemExit:
         pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
     tokenizer = tokenizers.hf_tokenizer(encoding)
-    texts = ["Hello, I'm a language model,", "  two  spaces\n\n\tand a tab", "don't WE'LL 12345 naïve 日本語 🙂 <|end"]
-    for text in texts:
+    for text in ("Hello, I'm a  model,", "  two  \n\n\tand a tab", "don't WE'LL 12345 naïve 日本語 🙂 <|end"):
         assert tokenizer.encode(text).ids == encoding.encode_ordinary(text)
     assert tokenizer.get_vocab_size() == 50_257 and tokenizer.token_to_id("<|endoftext|>") == 50_256

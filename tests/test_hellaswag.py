@@ -436,3 +436,45 @@ def test_any_hugging_face_model_by_the_same_code(run, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     status, said = run(hellaswag, "--hf", "no/such/model", *options)
     assert status == 1 and "no/such/model can't be loaded" in said and said.count("\n") == 1
+
+
+def test_sentencepiece_models_are_scored_as_lm_eval_does(run, tmp_path, monkeypatch):
+    """A tokenizer with a space before the first word and <s> before a text; weights saved in bfloat16."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    items = random_items(6)
+    letters = sorted(set("".join(entry["ctx"] + "".join(entry["endings"]) for entry in items)) - {" "})
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "▁", *letters, *("▁" + c for c in letters)])}
+    merges = [("▁", letter) for letter in letters]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    template = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    inner.post_processor = template
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 512}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(vocabulary), **shape))
+    model.bfloat16().save_pretrained(tmp_path / "model")
+    write_items(tmp_path / "items.jsonl", items)
+
+    def check(logits_of, batches, labels, convention, device):
+        assert convention == "nanogpt" and logits_of(torch.zeros(1, 1, dtype=torch.int64)).dtype == torch.float32
+        n_rows = 0
+        for numbers, inputs, targets, _ in batches:
+            for place, number in enumerate(numbers):
+                for k, ending in enumerate(items[number]["endings"]):
+                    # lm_eval 0.4.13: TemplateLM._encode_pair, with HFLM.tok_encode
+                    context = tokenizer.encode(items[number]["ctx"])
+                    tokens = tokenizer.encode(items[number]["ctx"] + " " + ending)[len(context) :]
+                    row, target = inputs[4 * place + k], targets[4 * place + k]
+                    length = len(context) + len(tokens) - 1
+                    assert row[:length].tolist() == (context + tokens)[:-1] and row[0] == 1
+                    assert target[target >= 0].tolist() == tokens
+                    assert tokens != tokenizer.encode(" " + ending, add_special_tokens=False)  # the old way
+                    n_rows += 1
+        assert n_rows == 24
+        raise SystemExit("checked")
+
+    monkeypatch.setattr(hellaswag, "score", check)
+    _, said = run(hellaswag, "--hf", "model", "--file", "items.jsonl", "--device", "cpu", "--convention", "nanogpt")
+    assert said.splitlines()[-1] == "checked"

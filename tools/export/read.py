@@ -17,10 +17,6 @@ from tools.export.write import CHECKPOINTS, check_logits, check_out
 ACCEPTED = {weights.HF_CLASSES[name]: name for name in ("gpt2", "llama", "mistral", "gemma")}
 VOCAB_SIZE = fineweb.n_vocab("gpt2")
 
-# ==========================================================================
-# Each reader returns (name of the architecture, Config of its shape, state dict)
-
-
 def check_folder(folder):
     """Raises SystemExit, with what to do, for a folder that holds no model of transformers."""
     runs = sorted(folder.glob(CHECKPOINTS))
@@ -33,7 +29,7 @@ def check_folder(folder):
 
 
 def load_theirs(source):
-    """transformers' model in a folder or of a name. Raises SystemExit unless all its weights are there."""
+    """transformers' model in a folder or of a name. SystemExit unless all its weights are there."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -68,6 +64,7 @@ def check_tokenizer(source):
 
 
 def read_transformers(source):
+    """(name of the architecture, Config of its shape, state dict), as the two readers below."""
     if Path(source).is_dir():
         check_folder(Path(source))
     theirs = load_theirs(source)
@@ -136,10 +133,6 @@ def read_llmc(path):
     for name, part in zip(names, numbers.split(sizes)):
         ours[name] = part.view_as(ours[name])
     return "gpt2", config, ours
-
-
-# ==========================================================================
-# The run
 
 
 def import_weights(source, out):

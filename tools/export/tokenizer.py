@@ -39,11 +39,8 @@ def write_tokenizer(encoding, block_size, folder):
     hf_tokenizer(encoding).save(str(folder / "tokenizer.json"))
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # by the name that transformers 4 knows, too
-        "bos_token": END,
-        "eos_token": END,
-        "unk_token": END,  # never made, but CTranslate2 wants one
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": block_size,
-    }
+        "bos_token": END, "eos_token": END, "unk_token": END,  # which CTranslate2 wants, though none is made
+        "model_max_length": block_size, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
     path = Path(folder) / "tokenizer_config.json"
     path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

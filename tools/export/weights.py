@@ -20,13 +20,9 @@ HF_CLASSES = {
 LLAMA_OUTSIDE = {"model.embed_tokens": "wte", "model.norm": "norm"}
 GPT2_OUTSIDE = {"transformer.wte": "wte", "transformer.wpe": "wpe", "transformer.ln_f": "norm"}
 GPT2_BLOCK = {
-    "ln_1": "norm1",
-    "attn.c_attn": "attention.q attention.k attention.v",
-    "attn.c_proj": "attention.proj",
-    "ln_2": "norm2",
-    "mlp.c_fc": "mlp.up",
-    "mlp.c_proj": "mlp.proj",
-}
+    "ln_1": "norm1", "attn.c_attn": "attention.q attention.k attention.v", "attn.c_proj": "attention.proj",
+    "ln_2": "norm2", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.proj",
+}  # fmt: skip
 NORMS = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
 MLP = {"mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.proj"}
 ATTENTION = {
@@ -43,20 +39,15 @@ GEMMA_BLOCK = LLAMA_BLOCK | {
     "post_feedforward_layernorm": "post_norm2",
 }
 LATENT_ATTENTION = {
-    "self_attn.q_a_proj": "attention.q_a",
-    "self_attn.q_a_layernorm": "attention.q_norm",
-    "self_attn.q_b_proj": "attention.q_b",
-    "self_attn.kv_a_proj_with_mqa": "attention.kv_a",
-    "self_attn.kv_a_layernorm": "attention.kv_norm",
-    "self_attn.kv_b_proj": "attention.kv_b",
+    "self_attn.q_a_proj": "attention.q_a", "self_attn.q_a_layernorm": "attention.q_norm",
+    "self_attn.q_b_proj": "attention.q_b", "self_attn.kv_a_proj_with_mqa": "attention.kv_a",
+    "self_attn.kv_a_layernorm": "attention.kv_norm", "self_attn.kv_b_proj": "attention.kv_b",
     "self_attn.o_proj": "attention.proj",
-}
+}  # fmt: skip
 MIXTURE = {
-    "mlp.shared_experts.gate_proj": "mlp.shared.gate",
-    "mlp.shared_experts.up_proj": "mlp.shared.up",
-    "mlp.shared_experts.down_proj": "mlp.shared.proj",
-    "mlp.gate": "mlp.router",
-}
+    "mlp.shared_experts.gate_proj": "mlp.shared.gate", "mlp.shared_experts.up_proj": "mlp.shared.up",
+    "mlp.shared_experts.down_proj": "mlp.shared.proj", "mlp.gate": "mlp.router",
+}  # fmt: skip
 EXPERTS = {  # names of tensors
     "mlp.gate.e_score_correction_bias": "mlp.router.bias",  # state, but no parameter
     "mlp.experts.gate_up_proj": "mlp.experts.gate mlp.experts.up",
@@ -200,24 +191,18 @@ FIXED = {  # what the scripts have no field for
 }  # fmt: skip
 
 
-def rope(theta):
-    return {"rope_type": "default", "rope_theta": theta}
-
-
 def computed_fields(name, config):
     """The fields of transformers' configuration that a table can't say."""
     if name == "gpt2":
         return {}
-    if name == "gemma":
-        kinds = ["sliding_attention"] * config.n_layer
-        for layer in range(config.global_every - 1, config.n_layer, config.global_every):
-            kinds[layer] = "full_attention"
-        ropes = {
-            "full_attention": rope(config.rope_theta),
-            "sliding_attention": rope(config.rope_theta_local),
-        }
-        return {"layer_types": kinds, "rope_parameters": ropes}
-    return {"rope_parameters": rope(config.rope_theta)}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if name != "gemma":
+        return {"rope_parameters": rope}
+    kinds = ["sliding_attention"] * config.n_layer
+    for layer in range(config.global_every - 1, config.n_layer, config.global_every):
+        kinds[layer] = "full_attention"
+    ropes = {"full_attention": rope, "sliding_attention": rope | {"rope_theta": config.rope_theta_local}}
+    return {"layer_types": kinds, "rope_parameters": ropes}
 
 
 def older_fields(name, config):

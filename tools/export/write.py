@@ -35,16 +35,8 @@ def all_or_nothing(out):
             path.rename(out / path.name)
 
 
-# ==========================================================================
-# Reading a run
-
-
 def read_run(folder):
-    """(path of its script, Model of the newest checkpoint, checkpoint) of a run. SystemExit if it has none.
-
-    The script is the run's own copy. The model is without the rows that pad the vocabulary, since other
-    programs look a token up for each.
-    """
+    """(path of its own copy of its script, Model, checkpoint) of a run. SystemExit if it has none."""
     paths = sorted(folder.glob(CHECKPOINTS), reverse=True)
     copies = sorted(folder.glob("train_*.py"))
     if not paths or not copies:
@@ -55,6 +47,7 @@ def read_run(folder):
         fail(f"{copies[0]} {why}")
     checkpoint = fineweb.load_checkpoint(paths, copies[0].stem, vars(script.Config()))
     config = script.Config(**checkpoint["config"])
+    # without the rows that pad the vocabulary, since other programs look a token up for each
     config.vocab_size = checkpoint["data"]["vocab_size"]
     checkpoint["model"]["wte.weight"] = checkpoint["model"]["wte.weight"][: config.vocab_size]
     model = script.Model(config).eval()
@@ -64,15 +57,12 @@ def read_run(folder):
 
 @torch.no_grad()
 def check_logits(ours, theirs, config, what):
-    """Raises SystemExit, which begins with what, unless two models give the same logits on random tokens.
-
-    Each of them takes ids (1, T) and returns (1, T, V).
-    """
+    """Raises SystemExit, beginning with what, unless two functions of ids give the same logits (1, T, V)."""
     idx = torch.randint(config.vocab_size, (1, min(config.block_size, 1024)))
     expected = ours(idx)
     errors = (theirs(idx) - expected).abs().amax(-1)[0] / expected.abs().max()
-    error = errors.quantile(0.9).item()  # at a few tokens a close choice of a router may be another
-    if not error <= 1e-3:
+    error = errors.quantile(0.75).item()  # at a few tokens a close choice of a router may be another
+    if not error <= 1e-4:  # rounding makes up to 3e-5, the other form of GELU 2e-4
         fail(f"{what} (the logits differ by {error:.1e} of the largest)")
 
 
@@ -100,9 +90,6 @@ def read_results(path, checkpoint):
             found[event["task"], event["convention"]] = hellaswag.one_line(event)
     return list(found.values())
 
-
-# ==========================================================================
-# Weights: each function writes them into a folder
 
 HOW_HF = """Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
@@ -183,20 +170,19 @@ def write_ours(model, source, folder):
     shutil.copyfile(source, folder / source.name)
 
 
-# ==========================================================================
-# The model card
-
-
 def losses_elsewhere(name, config):
-    """A sentence on what other programs leave out of an export, or an empty one."""
+    """Sentences on what is lost of an export, in the class or in other programs, or an empty string."""
+    lost = []
     if name == "mistral" and config.window < config.block_size:
-        return f"llama.cpp and CTranslate2 leave out its window: beyond {config.window} tokens they differ."
+        lost.append(f"Beyond {config.window} tokens llama.cpp, which leaves out the window, and CTranslate2 "
+                    "4.8 give other logits.")  # fmt: skip
+    if name == "gemma" and config.window < config.block_size:
+        lost.append(f"After prompts of more than {config.window} tokens CTranslate2 4.8 gives other logits.")
     if name == "gemma" and config.global_every != 6:
-        return ("llama.cpp and CTranslate2 take every sixth layer for one of full attention, "
-                f"which here is every {config.global_every}.")  # fmt: skip
+        lost.append(f"llama.cpp gives every sixth layer full attention, not every {config.global_every}.")
     if name == "deepseek" and config.mtp_depth != "0":
-        return "The class lacks the prediction of a second token: its parameters are left out."
-    return ""
+        lost.append("The class lacks the prediction of a second token: its parameters are left out.")
+    return " ".join(lost)
 
 
 def model_card(name, model, checkpoint, source, how):
@@ -222,7 +208,6 @@ def model_card(name, model, checkpoint, source, how):
         f"- data: {data['dataset']}",
         f"- tokenizer: {data['tokenizer']}",
         f"- context: {config.block_size:,} tokens, those of the prompt and those to come",
-        f"- recipe: {config.recipe}, with the settings below",
         f"- script: {source.name}, sha256 {script_hash(source)}…",
         "",
         "## Results",
