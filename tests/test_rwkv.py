@@ -136,6 +136,7 @@ torch.save({"logits": torch.cat((logits, last[None])), "state": state}, sys.argv
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("rwkv") is None, reason="needs `pip install rwkv`")
 def test_official_package_gives_the_same_logits_and_state(tmp_path):
     model = make()
@@ -330,7 +331,7 @@ def test_decode_equals_forward_beyond_block_size_with_a_state_of_constant_size()
     sizes = set()
     with torch.no_grad():
         whole, _ = model(idx)
-        for prompt in (1, 33, 40 + 21):
+        for prompt in (1, 40 + 21):
             state = None
             for n in range(prompt, idx.shape[1] + 1):
                 logits, state = model.decode(idx[:, :n], state)

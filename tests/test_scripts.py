@@ -426,5 +426,5 @@ def test_a_tiny_run_learns(script, run, sample, tmp_path):
     status, said = run(script, *options)
     assert status == 0, said
     found = losses(tmp_path / "log/a")
-    # 5.5 is chance, and 3.4 what the frequencies of the bytes alone give
-    assert found[0] > 5 and found[-1] < 3.2
+    # 5.5 is chance, and 3.4 what the frequencies of the bytes alone give; measured: 2.58 to 2.87
+    assert found[0] > 5 and found[-1] < 3.05
