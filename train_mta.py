@@ -157,10 +157,13 @@ def convolve(maps, kernel, rows_above):
     return F.conv2d(maps, kernel[:, None], groups=H)
 
 
-def mix(maps, weight):
-    """Head mixing (section 3.2): out[h] = sum over g of weight[h, g] maps[g]; maps (B, H, R, U)."""
+def mix(maps, weight, mask=None):
+    """Head mixing (section 3.2): out[h] = sum over g of weight[h, g] maps[g] + mask; maps (B, H, R, U)."""
     B, H, R, U = maps.shape
-    return torch.bmm(weight.expand(B, H, H), maps.flatten(2)).view(B, H, R, U)
+    weight = weight.expand(B, H, H)
+    if mask is None:
+        return torch.bmm(weight, maps.flatten(2)).view(B, H, R, U)
+    return torch.baddbmm(mask.flatten(), weight, maps.flatten(2)).view(B, H, R, U)
 
 
 class Attention(nn.Module):
@@ -169,12 +172,11 @@ class Attention(nn.Module):
         A = softmax(mix(convolve(Q K^T / sqrt(D)))),  y = mix(convolve(A)) V
 
     with masks where the released code has them. No flash attention computes that, so the
-    maps must exist. They are made for some rows of queries at a time, with only the keys
-    that these see, and made again in the backward pass instead of being kept for it.
+    maps must exist: for some rows of queries at a time, with only the keys that these see.
     All maps at once, by the released code's steps, are in tests/reference.py.
     """
 
-    rows = 256  # queries at a time: fewer would skip more of the future, in more operations
+    rows = 64  # queries at a time, or an eighth of all; fewer skip more of the future, in more operations
 
     def __init__(self, config, convolves):
         super().__init__()
@@ -200,19 +202,16 @@ class Attention(nn.Module):
         q = rotate(q, rope) / math.sqrt(q.shape[-1])
         k = rotate(k, rope)
         pieces = []
-        for start in range(0, T, self.rows):
-            piece = torch.utils.checkpoint.checkpoint(
-                self.attend, q, k, v, start, use_reentrant=False, preserve_rng_state=False
-            )
-            pieces.append(piece)
+        rows = max(self.rows, T // 8)
+        for start in range(0, T, rows):
+            pieces.append(self.attend(q, k, v, start, min(start + rows, T)))
         y = torch.cat(pieces, dim=2)  # (B, H, T, D)
         y = self.norm(y)
         y = y * torch.sigmoid(self.gate(y))
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def attend(self, q, k, v, start):
-        """Outputs (B, H, R, D) of the queries start to start + rows - 1; q, k, v (B, H, T, D)."""
-        stop = min(start + self.rows, q.shape[2])  # the keys from here on are future to all of them
+    def attend(self, q, k, v, start, stop):
+        """Outputs (B, H, R, D) of the queries start to stop - 1, which see the keys before stop at most."""
         # each convolution also needs the P - 1 rows above its own, which are zeros above row 0
         convolves = self.conv_before is not None
         reach = self.conv_before.shape[1] - 1 if convolves else 0
@@ -220,14 +219,13 @@ class Attention(nn.Module):
         first = max(0, start - 2 * reach)
         maps = q[:, :, first:stop] @ k[:, :, :stop].transpose(2, 3)  # (B, H, R, U)
         if convolves:
-            maps = convolve(maps.tril(first), self.conv_before, zeros)
+            maps = convolve(maps.tril_(first), self.conv_before, zeros)
             first = max(0, start - reach)
-        maps = mix(maps, self.mix_before)
-        future = torch.ones(maps.shape[2:], dtype=torch.bool, device=q.device).triu(first + 1)
-        maps = maps.masked_fill(future, -math.inf)
+        future = torch.full(maps.shape[2:], -math.inf, dtype=maps.dtype, device=q.device).triu(first + 1)
+        maps = mix(maps, self.mix_before, future)
         maps = maps.softmax(-1, dtype=torch.promote_types(maps.dtype, torch.float32)).to(q.dtype)
         if convolves:
-            maps = convolve(maps, self.conv_after, zeros).tril(start)
+            maps = convolve(maps, self.conv_after, zeros).tril_(start)
         maps = mix(maps, self.mix_after.T)
         return maps @ v[:, :, :stop]
 

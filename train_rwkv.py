@@ -175,53 +175,52 @@ def recurrence(r, log_w, k, v, a, b, state):
 
     Token by token it is in tests/reference.py; here a chunk of L tokens is done by matrix products.
     In a chunk, u_t = a_t^T S_{t-1} obeys a triangular system, as S_{t-1} is S_0 decayed plus the
-    chunk's b_s u_s and k_s v_s decayed. Its solution is linear in S_0: u = u_0 + W S_0. So y and the
-    chunk's last state are linear in S_0, too, and only that map is applied chunk after chunk.
+    chunk's b_s u_s and k_s v_s decayed. Its solution is linear in S_0: u = u_0 + W S_0. So u_0 and W
+    are made for all chunks at once, and only S_0, u and the next chunk's S_0 one after another.
     """
     B, T, H, D = r.shape
     L = min(CHUNK, T)
     N = math.ceil(T / L)
 
-    def chunks(x):  # zeros after the last token change no state: no decay, no key
-        x = F.pad(x, (0, 0, 0, 0, 0, N * L - T)).view(B, N, L, H, D)
-        return x.permute(1, 0, 3, 2, 4).reshape(N, B * H, L, D)
+    def chunks(x):  # (N, B, H, L, D), a view
+        if N * L > T:  # zeros after the last token change no state: no decay, no key
+            x = F.pad(x, (0, 0, 0, 0, 0, N * L - T))
+        return x.view(B, N, L, H, D).permute(1, 0, 3, 2, 4)
 
-    log_w = chunks(log_w)
-    v = chunks(v)
+    log_w = chunks(log_w).contiguous()
     decay = log_w.cumsum(-2)  # from the chunk's start to after each token
-    end = decay[:, :, -1:]  # over the whole chunk
     # A write at s is decayed by exp(decay_t - decay_s) when t reads it. Split into a factor of t and one
     # of s, either could overflow; measured from the chunk's middle both stay small.
-    middle = decay[:, :, L // 2, None].detach()
-    r = chunks(r) * (decay - middle).exp()  # r reads after its own token
-    a = chunks(a) * (decay - log_w - middle).exp()  # a reads before it
-    k = chunks(k) * (middle - decay).exp()
-    b = chunks(b) * (middle - decay).exp()
-    maps = torch.cat((r, a), -2) @ torch.cat((k, b), -2).mT  # (N, B H, 2 L, 2 L)
-    own = torch.ones(L, L, dtype=torch.bool, device=r.device).tril()
+    middle = decay[..., L // 2, None, :].detach()
+    fall = decay - middle
+    rise = (-fall).exp()
+    r = (fall.exp() * chunks(r)).flatten(1, 2)  # (N, B H, L, D); r reads after its own token
+    a = ((fall - log_w).exp() * chunks(a)).flatten(1, 2)  # a reads before it
+    k = (rise * chunks(k)).flatten(1, 2)
+    b = (rise * chunks(b)).flatten(1, 2)
+    v = chunks(v).flatten(1, 2)
+    own = torch.ones(L, L, dtype=r.dtype, device=r.device).tril()
     before = own.tril(-1)
-    r_k = maps[:, :, :L, :L] * own
-    r_b = maps[:, :, :L, L:] * own
-    a_k = maps[:, :, L:, :L] * before
-    a_b = maps[:, :, L:, L:] * before
-    r = r * middle.exp()  # to read the state before the chunk
-    a = a * middle.exp()
-    k = k * (end - middle).exp()  # what is left of the writes at the chunk's end
-    b = b * (end - middle).exp()
+    r_k = (r @ k.mT) * own  # (N, B H, L, L)
+    r_b = (r @ b.mT) * own
+    a_k = (a @ k.mT) * before
+    a_b = (a @ b.mT) * before
+    u, W = Solve.apply(a_b, torch.cat((a_k @ v, a), -1)).split(D, -1)  # u_0 and W
 
-    # With the state S before the chunk: u = u_0 + W S, y = y_0 + y_S S, and S becomes write + keep S.
-    # The left terms hold what the chunk adds itself.
-    u = Solve.apply(a_b, torch.cat((a_k @ v, a), -1))  # (N, B H, L, 2 D): u_0 and W
-    y_0, y_S = (torch.cat((r_k @ v, r), -1) + r_b @ u).split(D, -1)  # (N, B H, L, D)
-    write, keep = (b.mT @ u).split(D, -1)  # (N, B H, D, D)
-    write = write + k.mT @ v
-    keep = keep + torch.diag_embed(end.squeeze(-2).exp())
-    state = state.reshape(B * H, D, D)
+    # The state before a chunk is kept as if decayed to its middle, too, so that r and a read it as they are.
+    middle = middle.flatten(1, 2).mT  # (N, B H, D, 1)
+    end = decay[..., -1:, :].flatten(1, 2).mT  # over the whole chunk
+    next_middle = torch.cat((middle[1:], torch.zeros_like(middle[:1])))  # after the last chunk just S_T
+    steps = (u, W, b.mT, k.mT @ v, (end - middle + next_middle).exp())
+    state = state.reshape(B * H, D, D) * middle[0].exp()
     states = []
-    for write_n, keep_n in zip(write.unbind(), keep.unbind()):  # indexing would make backward quadratic
+    us = []
+    for u_n, W_n, b_n, write, keep in zip(*(x.unbind() for x in steps)):  # indexing: backward quadratic
         states.append(state)
-        state = torch.baddbmm(write_n, keep_n, state)
-    y = y_0 + y_S @ torch.stack(states)
+        u_n = torch.baddbmm(u_n, W_n, state)
+        us.append(u_n)
+        state = keep * (state + torch.baddbmm(write, b_n, u_n))
+    y = r_k @ v + r_b @ torch.stack(us) + r @ torch.stack(states)
     y = y.view(N, B, H, L, D).permute(1, 0, 3, 2, 4).reshape(B, N * L, H, D)
     return y[:, :T], state.view(B, H, D, D)
 
@@ -274,10 +273,7 @@ class Attention(nn.Module):
             v_first = v
         else:
             v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
-        # made again in the backward pass: its many intermediate results would fill the memory
-        y, state = torch.utils.checkpoint.checkpoint(
-            self.mix_time, r, w, k, v, a, state, use_reentrant=False, preserve_rng_state=False
-        )
+        y, state = self.mix_time(r, w, k, v, a, state)
         return self.proj(y * g), v_first, state
 
     def mix_time(self, r, w, k, v, a, state):
@@ -343,25 +339,6 @@ class Block(nn.Module):
         x2 = self.norm2(x)
         x = x + self.mlp(x2, last2)
         return x, v_first, (x1[:, -1:], matrices, x2[:, -1:])
-
-
-class L2Wrap(torch.autograd.Function):
-    """The loss, unchanged, with the gradient of 1e-4 / 2 max(logits)^2, its mean over the tokens, added.
-
-    It keeps logits from drifting upwards (RWKV-LM, train_temp/src/model.py): loss (), logits (B, T, V).
-    """
-
-    @staticmethod
-    def forward(ctx, loss, logits):
-        ctx.save_for_backward(logits)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (logits,) = ctx.saved_tensors
-        largest, best = logits.max(-1, keepdim=True)  # (B, T, 1)
-        scale = grad * 1e-4 / largest.numel()
-        return grad, torch.zeros_like(logits).scatter_(-1, best, largest * scale)
 
 
 class Model(nn.Module):
@@ -453,7 +430,9 @@ class Model(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return None, L2Wrap.apply(loss, logits)
+        # RWKV-LM's L2Wrap (train_temp/src/model.py): its gradient keeps logits from drifting upwards
+        penalty = 0.5e-4 * logits.amax(-1).to(loss.dtype).square().mean()
+        return None, loss + (penalty - penalty.detach())
 
     def decode(self, idx, state=None):
         """Logits (B, V) of the token after idx (B, T), and a state: with it the next call reads one token."""
@@ -477,8 +456,8 @@ class Model(nn.Module):
         weights += sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         low_rank = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
         weights += sum(p.numel() for name, p in self.named_parameters() if name.endswith(low_rank))
-        # of a head: products of L x L maps, half of them masked; the inverse; with the state; of states
-        head = 10 * L * D / 2 + L**2 / 3 + 4 * D**2 + D**3 / L
+        # of a head: products of L x L maps, half of them masked; the inverse; with the state
+        head = 9 * L * D / 2 + L**2 / 3 + 4 * D**2
         return 2 * weights + 2 * config.n_layer * config.n_head * head
 
     def optimizer_groups(self):

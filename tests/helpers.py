@@ -152,39 +152,6 @@ def joined(tensors):
     return {name: torch.cat(group) for name, group in groups.items()}
 
 
-def kept_for_backward(model, idx, targets):
-    """Bytes that a forward pass keeps for its backward pass, those of parameters and buffers aside."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _, loss = model(idx, targets)
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def call_plainly(function, *inputs, **options):
-    """In torch.utils.checkpoint.checkpoint's place: keeps everything for the backward pass."""
-    return function(*inputs)
-
-
-def assert_checkpoints_change_nothing(model, idx, targets, monkeypatch):
-    """Bit-equal gradients with and without. Returns the bytes kept for backward (with, without)."""
-    again = gradients(model, model(idx, targets)[1])
-    little = kept_for_backward(model, idx, targets)
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", call_plainly)
-    once = gradients(model, model(idx, targets)[1])
-    much = kept_for_backward(model, idx, targets)
-    for name in once:
-        assert torch.equal(again[name], once[name]), name
-    return little, much
-
-
 # ==========================================================================
 # Parts that several scripts have
 

@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (assert_all_close, assert_checkpoints_change_nothing, assert_close, gradients, in_full,
+from helpers import (assert_all_close, assert_close, gradients, in_full,
                      perturbed, size, tokens)  # fmt: skip
 from reference import cross_entropy, recurrence_by_token, rwkv_logits
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_rwkv
 from tools.export.weights import to_official_rwkv
-from train_rwkv import CHUNK, Config, L2Wrap, Model, Solve, recurrence
+from train_rwkv import CHUNK, Config, Model, Solve, recurrence
 
 SMALL = dict(
     n_layer=3, n_head=2, n_embd=32, n_inner=88, rank_w=6, rank_a=5, rank_v=4, rank_g=40,
@@ -117,12 +117,6 @@ def test_logits_loss_and_gradients_equal_the_naive_model(dtype, relative):
     _, loss = model(idx, targets)
     assert_close(loss, reference, relative, "loss")
     assert_all_close(gradients(model, loss), {name: tensor.grad for name, tensor in w.items()}, relative)
-
-
-def test_the_time_mixing_is_made_again_instead_of_kept(monkeypatch):
-    idx, targets = tokens(2, 2, 75)
-    little, much = assert_checkpoints_change_nothing(make(), idx, targets, monkeypatch)
-    assert little < 0.5 * much
 
 
 OFFICIAL = """
@@ -311,18 +305,17 @@ def test_first_steps_with_the_recipes_tiny_eps_are_finite():
 # ---- loss, decoding, numbers
 
 
-def test_l2wrap_adds_the_penaltys_gradient_and_nothing_to_the_value():
-    torch.manual_seed(0)
-    logits = (9 * torch.randn(3, 5, 40, dtype=torch.float64)).requires_grad_()
-    targets = torch.randint(40, (3, 5))
-    plain = cross_entropy(logits, targets)
-    ours = L2Wrap.apply(plain, logits)
-    assert torch.equal(ours, plain)
-    (ours,) = torch.autograd.grad(7 * ours, logits)  # as a loss scaler does
-    (theirs,) = torch.autograd.grad(7 * cross_entropy(logits, targets, l2wrap=True), logits)
-    (without,) = torch.autograd.grad(7 * cross_entropy(logits, targets), logits)
+def test_the_penalty_on_logits_has_a_gradient_and_no_value():
+    model = make().double()
+    idx, targets = tokens(2, 2, 30)
+    logits, _ = model(idx)
+    _, loss = model(idx, targets)
+    assert_close(loss, cross_entropy(logits, targets), 1e-12)
+    (theirs,) = torch.autograd.grad(7 * cross_entropy(logits, targets, l2wrap=True), model.wte.weight)
+    (ours,) = torch.autograd.grad(7 * loss, model.wte.weight)  # times 7, as a loss scaler does
     assert_close(ours, theirs, 1e-12)
-    assert (ours - without).abs().max() > 1e-5
+    (without,) = torch.autograd.grad(7 * cross_entropy(model(idx)[0], targets), model.wte.weight)
+    assert (ours - without).norm() > 1e-5 * without.norm()
 
 
 def test_decode_equals_forward_beyond_block_size_with_a_state_of_constant_size():
@@ -375,6 +368,6 @@ def test_flops_per_token_against_a_count_of_the_products():
     T = 4 * L
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens(1, T))
-    masked = 5 * L * D + 2 * (int(math.log2(L)) - 1) * L**2 - L**2 / 3
+    masked = 4.5 * L * D + 2 * (int(math.log2(L)) - 1) * L**2 - L**2 / 3
     counted = counter.get_total_flops() / T - 2 * config.n_layer * config.n_head * masked
     assert model.flops_per_token() == pytest.approx(counted, rel=1e-6)
