@@ -354,9 +354,7 @@ def start(config, world):
     """(device, dtype of matrix products) of this process, which joins the others if torchrun started some."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": world}
-    kind = config.device
-    if kind == "auto":
-        kind = next(name for name in found if found[name])
+    kind = config.device if config.device != "auto" else next(name for name in found if found[name])
     if found[kind] <= local_rank:
         fail(f"torch finds {found[kind]} {kind} device(s) here: start fewer processes or change --device")
     device = torch.device(kind)
@@ -414,17 +412,18 @@ def find_micro_batch(config, rows, world, device, autocast):
 # Checkpoints: the same in every script
 
 
-def save_checkpoint(folder, step, data, model, optimizer, scaler):
-    """Writes folder/step_N.pt with all that --resume needs, whole or not at all; keeps the last two."""
+def save_checkpoint(folder, step, best, data, model, optimizer, scaler):
+    """Writes step_N.pt, which --resume needs, and best.pt if this is best's step; keeps the last two."""
     checkpoint = {
         "script": SCRIPT, "config": vars(model.config), "data": data,
         "step": step,  # also the position in the data: a batch is a function of seed and step
         "model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
-        "scaler": scaler.state_dict(),
+        "scaler": scaler.state_dict(), "best": best,
     }  # fmt: skip
     path = folder / f"step_{step:08d}.pt"
-    fineweb.write_atomic(path, lambda file: torch.save(checkpoint, file), "continue with --resume")
-    for old in (*sorted(folder.glob(CHECKPOINTS))[:-2], *folder.glob("step_*.tmp")):  # a killed run's
+    for each in (folder / "best.pt", path) if step == best[1] else (path,):
+        fineweb.write_atomic(each, lambda file: torch.save(checkpoint, file), "continue with --resume")
+    for old in (*sorted(folder.glob(CHECKPOINTS))[:-2], *folder.glob("*.pt.*.tmp")):  # a killed run's
         old.unlink()
     say(f"step {step:05d} | saved {path}")
 
@@ -435,14 +434,12 @@ def open_run(folder, asked):
     Raises SystemExit if there is none where one is needed, or one where a run is to begin.
     """
     reads = asked.eval or asked.sample is not None
-    if not folder.exists() and (reads or asked.resume):
-        fail(f"{folder} doesn't exist: train it first, or name another run with --run_name")
-    if not reads:
+    if not reads and (folder.exists() or not asked.resume):
         fineweb.lock(folder, "wait for it, or choose another --run_name")
     paths = sorted(folder.glob(CHECKPOINTS), reverse=True)  # the newest one first
     if paths and not (reads or asked.resume):
         fail(f"{folder} already holds a run: continue it with --resume, or choose another --run_name")
-    if reads and not paths:
+    if not paths and (reads or not folder.exists()):
         fail(f"{folder} holds no checkpoint: train it first, or name another run with --run_name")
     return fineweb.load_checkpoint(paths, SCRIPT, vars(asked)) if paths else {}
 
@@ -542,10 +539,11 @@ def main():
         checkpoint = fineweb.load_checkpoint([asked.init_from], SCRIPT, vars(asked))
         shape = list(vars(asked))[: list(vars(asked)).index("batch_tokens")]
         values = values | {field: checkpoint["config"][field] for field in shape}
-        checkpoint |= {"step": 0, "optimizer": {}, "scaler": {}}
+        checkpoint |= {"step": 0, "best": (math.inf, 0), "optimizer": {}, "scaler": {}}
         checkpoint["data"]["fingerprint"] = ""  # other data than before are fine
     config = parse(Config(**(values | {"run_name": name})))
     first_step = checkpoint.get("step", 0)
+    best = checkpoint.get("best", (math.inf, 0))  # the lowest validation loss, and its step
     changed = {key: v for key, v in [*vars(config).items()][:-4] if first_step and v != values[key]}
     last_step = first_step if config.eval else max(first_step, config.max_steps)
     rank = int(os.environ.get("RANK", 0))  # torchrun tells each process its number
@@ -638,6 +636,7 @@ def main():
         for text in generate(model, tokenizer, config.prompt, device, autocast) if tokenizer else ():
             append(log, "sample", step=step, text=text)
             say(f"step {step:05d} > {text!r}")
+        return loss, step
 
     began = time.time()
     append(log, "run", time=began, config=vars(config), **facts)
@@ -652,9 +651,9 @@ def main():
             is_last = step == last_step
             is_due = (step % config.eval_every == 0 or is_last) and not stopping
             if is_due:
-                evaluate(step)
+                best = min(best, evaluate(step))
             if (is_due or stopping) and step > first_step and rank == 0:
-                save_checkpoint(folder, step, data, model, optimizer, scaler)
+                save_checkpoint(folder, step, best, data, model, optimizer, scaler)
             if is_last or stopping:
                 break
 

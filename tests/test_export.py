@@ -2,6 +2,7 @@
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -48,7 +49,8 @@ def trained(name, folder, step=7, dataset="sample", **fields):
     folder.mkdir(parents=True)
     shutil.copy(script.__file__, folder)
     optimizer = torch.optim.AdamW(model.optimizer_groups())
-    script.save_checkpoint(folder, step, data, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    script.save_checkpoint(folder, step, (math.inf, 0), data, model, optimizer, scaler)
     return model
 
 
@@ -89,6 +91,16 @@ OLDER = {  # what transformers 4, llama.cpp's converter and CTranslate2 read in 
     "gemma": {"rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 2},
     "deepseek": {"rope_theta": 10_000.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
 }
+
+
+def test_one_checkpoint_of_a_run(tmp_path, monkeypatch):
+    trained("llama", tmp_path / "log", step=9)
+    (tmp_path / "log/step_00000009.pt").rename(tmp_path / "log/best.pt")
+    trained("llama", tmp_path / "other", step=12)
+    (tmp_path / "other/step_00000012.pt").rename(tmp_path / "log/step_00000012.pt")
+    for step, source in ((9, "log/best.pt"), (12, "log")):
+        call(monkeypatch, tmp_path / source, "--out", tmp_path / f"hf-{step}")
+        assert f"- steps: {step} of" in (tmp_path / f"hf-{step}/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", weights.HF_CLASSES)
@@ -438,7 +450,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     mistakes = {
         ("--out", "hf"): "--from",
         ("nowhere", "--out", "hf"): "nowhere holds no checkpoint",
-        ("run/step_00000007.pt", "--out", "hf"): "step_00000007.pt holds no checkpoint",
+        ("run/nothing.pt", "--out", "hf"): "run/nothing.pt",
         ("run", "--out", "full"): "full is not empty",
         ("run", "--out", "file"): "--out file is a file",
         ("run", "--out", "file/hf"): "file.*: Not a directory",

@@ -76,11 +76,11 @@ class Ngrams:
 
 def load_run(folder):
     """(the newest checkpoint of a run, its Config, its Model). Raises SystemExit if it can't be loaded."""
-    paths = sorted(folder.glob("step_*.pt"))
+    paths = [folder] if folder.suffix == ".pt" else sorted(folder.glob("step_*.pt"))
     if not paths:
         fail(f"{folder} holds no checkpoint: give the folder of a run, as log/gpt2")
     checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)
-    script, why = load_script(checkpoint["script"], folder)
+    script, why = load_script(checkpoint["script"], paths[-1].parent)
     if script is None:
         fail(f"{folder} was made by {checkpoint['script']}.py, which {why}")
     try:

@@ -26,7 +26,7 @@ from tools.export.write import export
 
 @dataclass(kw_only=True)
 class Args:
-    run: Positional[Path | None] = None  # a run to export, as log/llama
+    run: Positional[Path | None] = None  # a run to export, as log/llama, or its best.pt
     source: Annotated[str | None, arg(name="from")] = None  # a model to import: folder, name or file
     out: Path  # folder to write; for --from log/NAME
 

@@ -1,5 +1,6 @@
 """Others' weights as a run's folder with a checkpoint of step 0."""
 import importlib
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -158,7 +159,8 @@ def import_weights(source, out):
     optimizer = torch.optim.AdamW(model.optimizer_groups())  # without moments, as before the first step
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(script.__file__, out)
-    script.save_checkpoint(out, 0, data, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    script.save_checkpoint(out, 0, (math.inf, 0), data, model, optimizer, scaler)
 
     command = f"python train_{name}.py --run_name {shlex.quote(out.name)}"
     print(f'Next: {command} --sample "Hello"')

@@ -36,8 +36,14 @@ def all_or_nothing(out):
 
 
 def read_run(folder):
-    """(path of its own copy of its script, Model, checkpoint) of a run. SystemExit if it has none."""
+    """(path of its own copy of its script, Model, checkpoint) of a run, or of one checkpoint of a run.
+
+    Raises SystemExit if it has none.
+    """
     paths = sorted(folder.glob(CHECKPOINTS), reverse=True)
+    if folder.suffix == ".pt":
+        paths = [folder]
+        folder = folder.parent
     copies = sorted(folder.glob("train_*.py"))
     if not paths or not copies:
         what = "copy of a training script" if paths else "checkpoint"
