@@ -595,3 +595,11 @@ def test_steps_of_a_log(tmp_path):
     assert runner.last_step(tmp_path) == 3
     fineweb.append(tmp_path / "log.jsonl", "run")
     assert runner.last_step(tmp_path) == 3
+
+
+def test_bytes_per_token_are_those_of_the_scored_text(sample):
+    val = fineweb.Windows(sample, "val", 32, max_tokens=1000)
+    assert len(val) == 31
+    ids = val.rows(range(31))[:, 1:]
+    ratio = kept.bytes_per_token(str(sample), 32, 1000, "bytes")
+    assert ratio == pytest.approx((ids < 256).mean(), abs=0.01)  # a byte has a byte, <|endoftext|> none

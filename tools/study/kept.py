@@ -1,9 +1,13 @@
 """What is there of a study's runs: in its collection, in log/, in the collections of other studies."""
 import dataclasses
+import functools
 import hashlib
 import os
 import platform
 
+import numpy as np
+
+import fineweb
 from fineweb import fail
 from tools.compare import runs
 
@@ -30,6 +34,16 @@ def why_other(job, facts, fingerprint, where):
     return ""
 
 
+@functools.cache
+def bytes_per_token(data_dir, block_size, val_tokens, tokenizer):
+    """Bytes of text to a token, of the validation tokens that runs are scored on. <|endoftext|> has none."""
+    windows = fineweb.Windows(data_dir, "val", block_size, max_tokens=val_tokens)
+    ids = windows.rows(np.arange(len(windows)))[:, 1:].ravel()
+    encoding = fineweb.get_tokenizer(tokenizer, data_dir)
+    text = encoding.decode(ids[ids != encoding.eot_token].tolist())
+    return len(text.encode()) / len(ids)
+
+
 def finished_run(job):
     """The runs.Run of a job that has finished, or None.
 
@@ -44,7 +58,11 @@ def finished_run(job):
         return None
     # by the machine's name a report knows whose times can be compared; the host's isn't told
     host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-    return dataclasses.replace(run, study=job.place, machine=f"{host}, {os.cpu_count()} cores")
+    machine = f"{host}, {os.cpu_count()} cores"
+    config = job.config
+    data = run.facts["data"]
+    ratio = bytes_per_token(config.data_dir, config.block_size, config.val_tokens, data["tokenizer"])
+    return dataclasses.replace(run, study=job.place, machine=machine, bytes_per_token=ratio)
 
 
 def last_start(folder):
