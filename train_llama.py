@@ -91,7 +91,7 @@ class Config:
 MAY_BE_ZERO = ("seed", "warmup_steps", "sample_tokens", "top_k", "micro_batch")
 # --tiny: a run that learns English spelling in a few minutes on a laptop
 TINY_RUN = dict(
-    vocab_size=257, block_size=128, batch_tokens=2048, max_steps=1000, warmup_steps=50,
+    vocab_size=257, block_size=128, batch_tokens=2048, max_steps=600, warmup_steps=30,
     max_lr=2e-3, min_lr=2e-4, data_dir=fineweb.SAMPLE, val_tokens=65_536,
     log_every=25, prompt="Returns the ", sample_tokens=96,
 )  # fmt: skip
