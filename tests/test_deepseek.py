@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from helpers import (assert_all_close, assert_close, assert_norm_rounds_once, assert_parity, assert_same,
-                     gradients, in_full, perturbed, size, tokens)  # fmt: skip
+from helpers import (assert_all_close, assert_close, assert_parity, assert_same, gradients, in_full,
+                     perturbed, size, tokens)  # fmt: skip
 from reference import balance_loss, experts_by_loop
 
 import train_deepseek
 from tools.export import weights
-from train_deepseek import Config, Experts, Model, Norm, Router
+from train_deepseek import Config, Experts, Model, Router
 
 SMALL = dict(
     n_layer=3, n_head=2, n_embd=32, n_inner=40, q_rank=24, kv_rank=16, nope_dim=8, rope_dim=4, v_dim=6,
@@ -48,7 +48,7 @@ def test_logits_loss_and_gradients_equal_transformers(fields):
     assert not torch.allclose(without_bias, logits, atol=1e-3)  # the bias did choose
 
 
-def test_parameter_counts_and_operations_at_real_shapes():
+def test_parameters_and_operations_at_the_real_shapes_without_mtp():
     pytest.importorskip("transformers")
     with torch.device("meta"):
         twin = weights.hf_model("deepseek", Config(mtp_depth="0"))
@@ -56,10 +56,6 @@ def test_parameter_counts_and_operations_at_real_shapes():
     assert size(model) == size(twin) == 116_131_968
     assert model.active_parameters() == pytest.approx(67.5e6, abs=5e4)
     assert model.flops_per_token() == pytest.approx(134.9e6 + 19.7e6, abs=1e5)
-    model = in_full(train_deepseek)
-    assert size(model) == 124_317_312
-    assert model.active_parameters() == pytest.approx(71.2e6, abs=5e4)
-    assert model.flops_per_token() == pytest.approx(206.8e6 + 21.3e6, abs=1e5)
 
 
 @pytest.mark.parametrize("C", [32, 640])
@@ -71,11 +67,6 @@ def test_initial_weights(C):
             assert (p == 1).all(), name
         else:
             assert p.std().item() == pytest.approx(0.006 * (7168 / C) ** 0.5, rel=0.15), name
-
-
-def test_norm_is_the_reference_in_fp32_rounded_once():
-    norms = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
-    assert_norm_rounds_once(Norm(64), norms.DeepseekV3RMSNorm(64, eps=1e-6))
 
 
 @pytest.mark.parametrize("field, value", [

@@ -16,8 +16,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, text
+from helpers import SHORT, events, load
 from hub_server import HubServer
 
 import fineweb
@@ -28,10 +28,7 @@ SCRIPTS = ["train_gpt2", "train_deepseek"]
 if KILLS > 2:
     SCRIPTS += ["train_llama", "train_gemma", "train_mistral", "train_mta", "train_rwkv"]
 # a run of some seconds that saves often
-SHORT_RUN = [
-    "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4", "--n_layer=2",
-    "--warmup_steps=2", "--max_steps=24", "--eval_every=4", "--run_name=run", "--data_dir=data",
-]  # fmt: skip
+SHORT_RUN = [*SHORT, "--n_layer=2", "--max_steps=24", "--eval_every=4", "--run_name=run", "--data_dir=data"]
 WRITER = ["--tokenizer=bytes", "--shard_tokens=30000", "--workers=2", "--out=out"]
 NOTES = "a user's notes"  # a file in the folder that must stay as it is
 
@@ -138,18 +135,13 @@ def make_home(tmp_path):
 
 def run_outcome(home):
     """The last event of each kind and step in a run's log, without times, and the last weights."""
-    events = {}
-    for line in (home / "log/run/log.jsonl").read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:  # half a line, or an empty one
-            continue
-        if event["event"] not in ("run", "sample"):
-            event.pop("ms", None)
-            events[event["event"], event["step"]] = event
-    newest = max((home / "log/run").glob("step_*.pt"))
-    weights = torch.load(newest, weights_only=True)["model"]
-    return newest.name, events, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+    folder = home / "log/run"
+    found = {}
+    for kind in ("train", "val", "score"):
+        for event in events(folder, kind):
+            found[kind, event["step"]] = event | {"ms": 0}
+    weights = load(folder, 24)["model"]
+    return found, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -172,15 +164,15 @@ def folder_outcome(home):
     return {str(path.relative_to(home)): path.read_bytes() for path in files}
 
 
-def texts(n, seed):
-    return [text(1 + 7 * i % 100, seed + i) for i in range(n)]
+def texts(seed):
+    return [text(1 + 7 * i % 100, seed + i) for i in range(300)]
 
 
 def parquet(path):
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts(300, 2000)}), path, row_group_size=50)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts(2000)}), path, row_group_size=50)
     return path
 
 
@@ -197,14 +189,9 @@ def home_with_notes(make_home):
 
 def test_a_killed_writer_writes_the_same_bytes(tmp_path, home_with_notes):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.txt", parquet(tmp_path / "c.parquet")]
-    paths[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(300, 0)))
-    paths[1].write_text("\n".join(texts(300, 1000)))
+    paths[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(0)))
+    paths[1].write_text("\n".join(texts(1000)))
     options = ["--files", *paths, *WRITER]
-    survives("fineweb", options, options, folder_outcome, home_with_notes)
-
-
-def test_a_killed_sample_is_the_same(home_with_notes):
-    options = ["--sample", "--out=out"]
     survives("fineweb", options, options, folder_outcome, home_with_notes)
 
 
