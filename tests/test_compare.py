@@ -2,7 +2,6 @@
 import functools
 import json
 import math
-import shutil
 import sys
 
 import numpy as np
@@ -606,10 +605,3 @@ def test_groups_do_not_depend_on_the_order_of_the_runs():
         names = [sorted(group.name for group in groups) for groups, _ in found]
         assert wanted in (None, names)
         wanted = names
-
-
-@pytest.mark.skipif(not shutil.which("diff"), reason="counts lines by the program diff")
-def test_the_table_of_the_scripts(compare):
-    status, said = compare("--table", "scripts")
-    made = table_rows(said)
-    assert status == 0 and "[`train_gpt2.py`](train_gpt2.py)" in made and len(made) >= 9

@@ -1,6 +1,5 @@
 """Gemma 3 against transformers, its two kinds of layers, and the two ways to compute a window."""
 import pytest
-import torch
 from helpers import (assert_flex_equals_mask, assert_parity, assert_saves_parameters_alone,
                      changed_by_a_token, perturbed, tokens)  # fmt: skip
 

@@ -12,8 +12,6 @@ Which model is better, by how much, and is it significant?
                                          # the band of these runs' losses
     python -m tools.compare log/mine --against results/x.jsonl
                                          # is my curve inside it?
-    python -m tools.compare --table scripts
-                                         # the size and cost of each script
 
 Reads each run's log.jsonl and its predictions, and collections, which
 tools.study makes: many runs in one runs.jsonl. Runs of the same script, to the
