@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from helpers import make_entry, make_run, run_facts, score_event, table_rows, write_run
 
-from tools.compare import __main__ as program, bands, comparison, plots, report, runs as reading, tables
+from tools.compare import __main__ as program, comparison, plots, report, runs as reading, tables
 
 BASE = (3.0, 3.1, 2.9)
 KEY = ("cloze", "nanogpt")
@@ -555,44 +555,6 @@ def test_pictures_are_drawn_and_the_report_shows_them(tmp_path, monkeypatch, cap
     report.show(markdown, whole=False)
     said = capsys.readouterr().out
     assert "| against gpt2 |" in said and "![" not in said and "All pairs" not in said
-
-
-# ---- bands
-
-
-def test_inside_and_outside_of_a_band(tmp_path, compare):
-    for seed, last in enumerate((3.00, 3.01, 3.02)):
-        write_run(tmp_path / f"r{seed}", losses=(5.0 + 0.01 * seed, last), seed=seed)
-    assert compare("r0", "r1", "r2", "--save_reference", "out/x.jsonl")[0] == 0
-    lines = [json.loads(line) for line in (tmp_path / "out/x.jsonl").read_text().splitlines()]
-    assert lines[1]["loss"] == pytest.approx(3.01) and lines[1]["sd"] == pytest.approx(0.01)
-    # t of 2 degrees of freedom at 1 - 0.05 / (2 sides x 2 steps), and the spread of one more run beside three
-    assert lines[1]["high"] - 3.01 == pytest.approx(6.20535 * 0.01 * math.sqrt(4 / 3), rel=1e-5)
-    write_run(tmp_path / "mine", losses=(5.01, 3.05), seed=7)
-    status, said = compare("mine", "--against", "out/x.jsonl")
-    assert status == 0 and "inside the band at all 2 steps" in said and "other conditions" not in said
-    write_run(tmp_path / "faster", losses=(5.01, 3.01), max_lr=0.01, init_from="x.pt")
-    status, said = compare("faster", "--against", "out/x.jsonl")
-    assert status == 0 and "max_lr 0.01, not 0.002" in said and "x.pt, not none" in said
-    write_run(tmp_path / "bad", losses=(5.01, 3.2, 3.1))
-    status, said = compare("bad", "--against", "out/x.jsonl")
-    assert status == 1 and "outside the band at 1 of 2 steps" in said and "OUTSIDE" in said
-    (tmp_path / "nonsense").write_text("no")
-    assert compare("bad", "--against", "nonsense")[0] == 1
-    assert compare("r0", "--save_reference", "one.jsonl")[0] == 0
-    assert compare("mine", "--against", "one.jsonl")[0] == 1  # 1% to both sides: 3.05 is beyond 3.03
-    assert compare("r0", "bad", "--save_reference", "x.jsonl")[0] == 1
-
-
-def test_the_band_in_results_is_that_of_the_runs_there():
-    runs, left_out = reading.read_all([ROOT / "results/demo", ROOT / "results/band"])
-    gpt2 = [run for run in runs if run.architecture == "gpt2"]
-    known, _ = bands.read_reference(ROOT / "results/gpt2-tiny.jsonl")
-    made = bands.reference_lines([run.val for run in gpt2])
-    assert not left_out and len(gpt2) == 8
-    for line in made:
-        for name in ("loss", "sd", "low", "high"):
-            assert line[name] == pytest.approx(known[line["step"]][name])
 
 
 def test_groups_do_not_depend_on_the_order_of_the_runs():
