@@ -15,7 +15,7 @@ import torch
 
 import fineweb
 import hellaswag
-from helpers import assert_close, perturbed
+from helpers import assert_close, perturbed, run_facts
 from tools.export import __main__ as export
 from tools.export import tokenizer as tokenizers
 from tools.export import weights, write
@@ -92,18 +92,6 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, call):
     assert theirs.generation_config.max_length == 64  # pipelines would go 256 tokens beyond the context
 
 
-def test_rwkv_comes_out_as_the_file_that_its_package_loads(tmp_path, call):
-    """test_rwkv.py runs the package on these names and compares the logits."""
-    model = trained("rwkv", tmp_path / "log")
-    call(tmp_path / "log", "--out", tmp_path / "out")
-    state = torch.load(tmp_path / "out/model.pth", weights_only=True)
-    expected = weights.to_official_rwkv(model.state_dict(), model.config)
-    assert state.keys() == expected.keys() and "blocks.0.att.receptance.weight" in state
-    for key, tensor in expected.items():
-        vocabulary = key in ("emb.weight", "head.weight")
-        assert torch.equal(state[key], tensor[:257] if vocabulary else tensor), key
-
-
 def run_card(folder):
     """The names that the code in a model card makes."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
@@ -163,10 +151,6 @@ def test_an_export_that_is_stopped_leaves_nothing(name, tmp_path, monkeypatch, c
     assert {"README.md", "tokenizer.json"} <= names and names & {"model.safetensors", "model.pth"}
 
 
-def start(fingerprint, val_tokens):
-    return {"event": "run", "data": {"fingerprint": fingerprint}, "config": {"val_tokens": val_tokens}}
-
-
 def score(task, step, acc):
     figures = {"n": 400, "acc": acc, "acc_se": 0.022, "acc_norm": 0.7025, "acc_norm_se": 0.0229}
     return {"event": "score", "step": step, "task": task, "convention": "nanogpt"} | figures
@@ -185,14 +169,14 @@ def test_the_card_has_the_runs_facts_and_results(name, tmp_path, call):
     trained(name, tmp_path / "run", seed=5)
     write_log(
         tmp_path / "run",
-        start("f", 4096),
+        run_facts(),
         {"event": "val", "step": 0, "loss": 5.5},
         {"event": "val", "step": 7, "loss": 3.3},
         score("cloze", 3, 0.5),
-        start("f", 4096),
+        run_facts(),
         {"event": "val", "step": 7, "loss": 1.71308},  # again, by a resumed run
         score("cloze", 7, 0.71),
-        start("other text", 99),  # by --eval
+        run_facts(fingerprint="other text", val_tokens=99),  # by --eval
         {"event": "val", "step": 7, "loss": 4.4},
         score("cloze", 7, 0.44),
         score("hellaswag", 7, 0.29),

@@ -24,7 +24,7 @@ def test_each_step_has_one_value_the_last_that_was_logged(tmp_path):
         """What a start logs that goes from one step to another."""
         found = [{"event": "run", "first_step": first, "config": {"eval": is_eval, "batch_tokens": 512}}]
         for step in range(first, last):
-            found.append({"event": "train", "step": step, "loss": loss, "lr": 1e-3, "norm": None, "ms": 100.0})
+            found.append({"event": "train", "step": step, "loss": loss, "lr": 1e-3, "norm": None, "ms": 1e2})
             found.append({"event": "val", "step": step, "loss": loss + 1})
         return "".join("\n" * (event["event"] == "run") + json.dumps(event) + "\n" for event in found)
 

@@ -64,8 +64,8 @@ def made(tmp_path, sample):
         folder = tmp_path / "log" / name
         folder.mkdir(parents=True)
         (folder / "step_000005.pt").write_text("nothing")  # an older one, which can't be read
-        checkpoint = {"script": "train_tiny", "script_hash": "0", "step": 7, "data": of,
-                      "config": dataclasses.asdict(config), "model": script.Model(config).state_dict()}  # fmt: skip
+        checkpoint = {"script": "train_tiny", "script_hash": "0", "step": 7, "data": of}
+        checkpoint |= {"config": dataclasses.asdict(config), "model": script.Model(config).state_dict()}
         torch.save(checkpoint, folder / "step_000007.pt")
         (folder / "train_tiny.py").write_text(SCRIPT)
         return folder

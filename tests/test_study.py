@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -346,27 +347,11 @@ def test_killed_between_the_last_loss_and_the_last_checkpoint(write, run):
     assert status == 0 and events(said, "resumed") == [] and results() == whole
 
 
-def fork(*options):
-    """Starts a study in a process of its own, without the time to import torch; it prints to said.txt."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        fineweb.locks.clear()
-        out = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
-        sys.argv = ["study", *options]
-        study.main()
-        status = 0
-    except SystemExit as error:
-        print(error.code)
-    finally:
-        os._exit(status)
+def start(*options):
+    """A study in a process of its own, which prints to said.txt."""
+    said = open("said.txt", "a")
+    command = [sys.executable, "-m", "tools.study", *options]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=said, stderr=said)
 
 
 def wait_for(condition, seconds=300):
@@ -376,21 +361,16 @@ def wait_for(condition, seconds=300):
         time.sleep(0.02)
 
 
-def end(pid, number):
-    os.kill(pid, number)
-    os.waitpid(pid, 0)
+def end(process, number):
+    process.send_signal(number)
+    process.wait()
 
 
-def assert_ends_well(pid):
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, Path("said.txt").read_text()
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def assert_ends_well(process):
+    assert process.wait() == 0, Path("said.txt").read_text()
 
 
 @slow
-@needs_fork
 def test_killed_again_and_again_it_ends_as_the_commands_by_hand(write, run):
     write(steps=150)
     _, said = run(study, "st.toml", "--dry")
@@ -409,42 +389,40 @@ def test_killed_again_and_again_it_ends_as_the_commands_by_hand(write, run):
 
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
         done = steps()
-        pid = fork("st.toml", "--jobs", "2")
+        process = start("st.toml", "--jobs", "2")
         wait_for(lambda: steps() > done + 3)
-        end(pid, number)
-    assert_ends_well(fork("st.toml", "--jobs", "2"))
+        end(process, number)
+    assert_ends_well(start("st.toml", "--jobs", "2"))
     assert results() == whole
     told = Path("said.txt").read_text()
     assert "python -m tools.study st.toml --jobs 2" in told and "resumed   st-" in told
 
 
 @slow
-@needs_fork
 def test_runs_of_two_processes_end_as_those_of_one(write):
     write(steps=150)
     one = ["st.toml", "--seeds", "1", "--only", "one", "--rates", "0.1"]  # at which rounding stays rounding
     folder = Path("log/st-0.25M-one-x0.1-1")
     two = [*one, "--nproc_per_node", "2", "--collect", "two"]
-    pid = fork(*two)
+    process = start(*two)
     wait_for(lambda: runner.last_step(folder) > 3)
-    end(pid, signal.SIGTERM)
+    end(process, signal.SIGTERM)
     assert 3 < int(max(folder.glob("step_*.pt")).stem[5:]) < 150
-    assert_ends_well(fork(*two))
+    assert_ends_well(start(*two))
     starts, _ = runs.read_log(folder / "log.jsonl")
     assert [start["processes"] for start in starts] == [2, 2]
     Path("log").rename("log-of-two")
-    assert_ends_well(fork(*one, "--collect", "one"))
+    assert_ends_well(start(*one, "--collect", "one"))
     assert results("two")[folder.name] == pytest.approx(results("one")[folder.name], rel=1e-4)
 
 
 @slow
-@needs_fork
 def test_nothing_goes_on_without_the_study(write):
     write(steps=100_000)
     folder = Path("log/st-0.25M-one-1")
-    pid = fork("st.toml")
+    process = start("st.toml")
     wait_for(lambda: runner.last_step(folder) > 20)
-    end(pid, signal.SIGKILL)
+    end(process, signal.SIGKILL)
     lock = filelock.FileLock(folder.resolve() / ".lock")
     lock.acquire(timeout=20)  # once the run has ended
     assert 20 < int(max(folder.glob("step_*.pt")).stem[5:]) < 50_000  # it saved when it did
