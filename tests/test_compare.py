@@ -2,6 +2,7 @@
 import functools
 import json
 import math
+import operator
 import sys
 
 import numpy as np
@@ -192,9 +193,7 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(path, value, tmp_path):
     lines = file.read_text().splitlines()
     record = json.loads(lines[1])
     *parents, last = path
-    place = record
-    for key in parents:
-        place = place[key]
+    place = functools.reduce(operator.getitem, parents, record)
     place[last] = value
     if value is None:
         del place[last]

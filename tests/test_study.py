@@ -424,7 +424,7 @@ def test_nothing_goes_on_without_the_study(write):
     wait_for(lambda: runner.last_step(folder) > 20)
     end(process, signal.SIGKILL)
     lock = filelock.FileLock(folder.resolve() / ".lock")
-    lock.acquire(timeout=20)  # once the run has ended
+    lock.acquire(timeout=60)  # once the run has ended
     assert 20 < int(max(folder.glob("step_*.pt")).stem[5:]) < 50_000  # it saved when it did
 
 
