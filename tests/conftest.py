@@ -34,12 +34,6 @@ def sample(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def small_sample(sample):
-    """The same, by the name that tests of runs know."""
-    return sample
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """run(script, *options) -> (exit status, what was printed) of its main() in a temporary folder."""
@@ -52,7 +46,7 @@ def run(tmp_path, monkeypatch, capsys):
             status = 0
         except SystemExit as error:
             print(error.code)
-            status = 1
+            status = int(bool(error.code))
         while fineweb.locks:  # which the end of the process would do
             fineweb.locks.popitem()[1].release()
         return status, capsys.readouterr().out

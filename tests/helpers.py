@@ -1,5 +1,6 @@
 """What the tests of scripts and models share: models, runs, closeness, comparisons with references."""
 import copy
+import functools
 import json
 import re
 import sys
@@ -7,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.utils.checkpoint
 from conftest import ROOT
-from reference import cross_entropy, window_attention
+from reference import cross_entropy
 
 from tools.export import weights
 
@@ -32,6 +32,7 @@ def make(script, dtype=torch.float32, **fields):
     return model.to(dtype)
 
 
+@functools.cache
 def in_full(script, **fields):
     """The real model on the meta device: shapes without memory."""
     with torch.device("meta"):
@@ -153,45 +154,70 @@ def joined(tensors):
 
 
 # ==========================================================================
-# Parts that several scripts have
+# What any model does
 
 
-def assert_norm_rounds_once(norm, reference):
-    """norm(x) for 16-bit x is reference's of x in fp32, rounded once, with and without autocast.
+def assert_sees_no_later_token(model, tolerance=1e-5):
+    """A token changes its own logits and those after it."""
+    idx = tokens(2, 48)
+    before = model(idx)[0]
+    for t in (0, 1, 13, 31, 32, 47):
+        edited = idx.clone()
+        edited[:, t] = (edited[:, t] + 1) % 257
+        after = model(edited)[0]
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=tolerance, atol=tolerance)
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
 
-    Both have 64 channels and weights in fp32; norm's are set to reference's.
-    """
+
+def assert_decodes(model):
+    """Token by token the logits are those of the whole; there is no end at block_size."""
+    idx = tokens(2, 40)
+    whole, state = model(idx)[0], None
+    for n in range(11, 41):
+        logits, state = model.decode(idx[:, :n], state)
+        torch.testing.assert_close(logits, whole[:, n - 1], rtol=1e-4, atol=2e-4)
+    assert model.decode(tokens(2, 60))[0].shape == (2, 257)
+
+
+def assert_all_learn(model):
+    """Every parameter has a gradient and is in one group of the optimizer's."""
+    model(tokens(2, 48), tokens(2, 48, seed=1))[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    grouped = [id(parameter) for group in model.optimizer_groups() for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def assert_overfits(script):
+    """It learns a batch by heart in forty steps."""
     torch.manual_seed(0)
-    nn.init.normal_(reference.weight)
-    norm.load_state_dict(reference.state_dict())
-    for scale in (500, 1e-3):  # squares that are too large for fp16, and squares near eps
-        x = scale * torch.randn(40, 64)
-        assert_close(norm(x), reference(x), 1e-6)
-        for dtype in (torch.float16, torch.bfloat16):
-            rounded = x.to(dtype)
-            y = norm(rounded)
-            exact = reference(rounded.float())
-            unit = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
-            assert y.dtype == dtype
-            assert ((y.float() - exact).abs() <= 0.501 * unit).all()
-            with torch.autocast("cpu", dtype):
-                assert torch.equal(norm(rounded), y)
+    model = script.Model(tiny(script, vocab_size=64))
+    optimizer = torch.optim.AdamW(model.optimizer_groups(), lr=3e-3, betas=(0.9, 0.95))
+    idx, targets = tokens(2, 1, 20, vocab_size=64)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model(idx, targets)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.after_step()
+    assert loss.item() < 0.3
 
 
-def assert_windows(script):
-    """attend() by the mask of window_mask() against query by query, in fp64."""
-    torch.manual_seed(0)
-    q = torch.randn(2, 4, 12, 6, dtype=torch.float64, requires_grad=True)
-    k, v = torch.randn(2, 2, 2, 12, 6, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(2, 4, 12, 6, dtype=torch.float64)
-    for window in (1, 2, 5, 12, 100, None):
-        mask = None if window is None else script.window_mask(q[:, 0], window)
-        ours = script.attend(q, k, v, mask)
-        theirs = window_attention(q, k, v, window or 12)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
-        ours = torch.autograd.grad(ours, (q, k, v), upstream)
-        theirs = torch.autograd.grad(theirs, (q, k, v), upstream)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+# ==========================================================================
+# Windows
+
+
+def changed_by_a_token(script, n_layer, **fields):
+    """Positions of 1,024 whose logits depend on token 100, in the script's own window."""
+    shape = dict(n_head=2, n_embd=16, n_inner=8, vocab_size=300)
+    model = perturbed(script, n_layer=n_layer, **shape | fields)
+    idx = tokens(1, 1024)
+    other = idx.clone()
+    other[0, 100] = (other[0, 100] + 1) % 300
+    with torch.no_grad():
+        differs = model(idx)[0] != model(other)[0]
+    return differs.any(-1)[0].nonzero().flatten().tolist()
 
 
 def assert_flex_equals_mask(script, model, idx, monkeypatch):
@@ -250,17 +276,6 @@ def assert_parity(name, model, idx, targets, relative=1e-5):
     _, exact = copy.deepcopy(model).double()(idx, targets)
     assert exact.dtype == torch.float64
     assert_close(loss, exact, 1e-6, "loss in fp64")
-
-
-def assert_real_size(name, script, parameters, flops):
-    """The real model has so many parameters, transformers' and its docstring's number, and so many FLOPs."""
-    pytest.importorskip("transformers")
-    with torch.device("meta"):
-        twin = weights.hf_model(name, script.Config())
-    model = in_full(script)
-    assert size(model) == model.active_parameters() == size(twin) == parameters
-    assert f"{parameters:,}" in script.__doc__
-    assert model.flops_per_token() == pytest.approx(flops, rel=1e-3)
 
 
 def assert_saves_parameters_alone(model):

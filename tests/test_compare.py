@@ -1,7 +1,8 @@
 """The comparison of runs, on logs whose answers are known."""
+import functools
 import json
 import math
-import shutil
+import operator
 import sys
 
 import numpy as np
@@ -9,38 +10,28 @@ import pytest
 from conftest import ROOT
 from helpers import make_entry, make_run, run_facts, score_event, table_rows, write_run
 
-from tools.compare import __main__ as program, bands, comparison, plots, report, runs as reading, tables
+from tools.compare import __main__ as program, comparison, plots, report, runs as reading, tables
 
 BASE = (3.0, 3.1, 2.9)
 KEY = ("cloze", "nanogpt")
 
 
 @pytest.fixture
-def compare(monkeypatch, capsys, tmp_path):
+def undrawn(monkeypatch):
+    for name in ("draw_group", "draw_effects", "draw_scaling"):
+        monkeypatch.setattr(plots, name, lambda *given: [])
+
+
+@pytest.fixture
+def compare(undrawn, run):
     """compare(*arguments) -> (exit status, what was printed); nothing is drawn."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "draw_group", lambda *given: [])
-    monkeypatch.setattr(plots, "draw_effects", lambda *given: None)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
-        try:
-            program.main()
-            status = 0
-        except SystemExit as error:
-            status = 1 if error.code else 0
-            print(error.code)
-        return status, capsys.readouterr().out
-
-    return run
+    return functools.partial(run, program)
 
 
-def say(tmp_path, runs, monkeypatch, **options):
-    """The report on runs in memory, without pictures."""
-    monkeypatch.setattr(plots, "draw_group", lambda *given: [])
-    monkeypatch.setattr(plots, "draw_effects", lambda *given: None)
-    monkeypatch.setattr(plots, "draw_scaling", lambda *given: None)
-    return report.write_report(tmp_path / "report", runs, **options)
+@pytest.fixture
+def say(undrawn, tmp_path):
+    """say(runs, **options): the report on runs in memory, without pictures."""
+    return functools.partial(report.write_report, tmp_path / "report")
 
 
 def append(folder, *events):
@@ -57,37 +48,29 @@ def test_a_resumed_and_killed_run_has_the_last_event_of_each_step(tmp_path):
     with open(folder / "log.jsonl", "a") as log:
         log.write('\n\n{"event": "val", "step": 20, "lo\n[1, 2]\n"text"\n')  # it was killed, and went on
     append(folder, run_facts(max_steps=20, processes=1))
-    for step in range(15, 20):
+    for step in range(5, 10):
         append(folder, {"event": "train", "step": step, "loss": 2.0, "ms": 300.0})
     append(folder, score_event(20, 80, 400), {"event": "val", "step": 20, "loss": 2.5})
     run = reading.read_run(folder)
-    assert list(run.train) == list(range(20))
-    assert run.train[14]["loss"] == 3.0 and run.train[15]["loss"] == 2.0
+    assert list(run.train) == list(range(20)) and list(run.val) == [0, 10, 20]  # in order
+    assert run.train[4]["loss"] == 3.0 and run.train[5]["loss"] == 2.0
     assert run.val == whole.val | {20: 2.5} and run.finished and run.loss == 2.5
     assert run.score(KEY)["acc_norm"] == 0.2 and run.score(KEY, 10)["acc_norm"] == 0.125
     assert run.changed == [] and run.median_ms == 100.0
     assert run.minutes[20] == pytest.approx((15 * 100 + 5 * 300) / 60_000)
 
 
-def test_events_are_in_the_order_of_their_steps(tmp_path):
-    folder = write_run(tmp_path / "a")
-    first, *others = (folder / "log.jsonl").read_text().splitlines()
-    (folder / "log.jsonl").write_text("\n".join([first, *reversed(others)]))
-    run = reading.read_run(folder)
-    assert list(run.train) == sorted(run.train) and list(run.val) == [0, 10, 20]
-
-
 def test_what_is_no_log_of_a_run_is_left_out_and_named(tmp_path, compare):
     write_run(tmp_path / "log/good")
-    (tmp_path / "log/nothing").mkdir()
-    for name, text in (("empty", ""), ("foreign", '{"loss": 3}\n'), ("short", '{"event": "run"}\n')):
-        (tmp_path / f"log/{name}").mkdir()
-        (tmp_path / f"log/{name}/log.jsonl").write_text(text)
-    (tmp_path / "log/unvalidated").mkdir()
-    (tmp_path / "log/unvalidated/log.jsonl").write_text(json.dumps(run_facts()))
+    logs = {"empty": "", "foreign": '{"loss": 3}\n', "short": '{"event": "run"}\n'}
+    logs["unvalidated"] = json.dumps(run_facts())
+    for name in ("nothing", *logs):
+        (tmp_path / "log" / name).mkdir()
+        if name in logs:
+            (tmp_path / "log" / name / "log.jsonl").write_text(logs[name])
     status, said = compare(*sorted((tmp_path / "log").iterdir()))
     assert status == 1 and "5 runs were left out" in said
-    for name in ("nothing", "empty", "foreign", "short", "unvalidated"):
+    for name in ("nothing", *logs):
         assert f"left out: {tmp_path}/log/{name}: " in said
     assert table_rows(said)["1"][0] == "made_up"
     status, said = compare(tmp_path / "nowhere")
@@ -117,10 +100,6 @@ def test_a_run_that_was_changed_midway_gets_no_verdict(tmp_path, compare):
     assert run.changed == ["max_lr"] and run.train[18]["processes"] == 1 and run.train[19]["processes"] == 8
     status, said = compare(*sorted((tmp_path / "log").iterdir()))
     assert status == 0 and "max_lr 0.01, not 0.002" in said and "**Ranked apart**" in said
-    runs, _ = reading.read_all((tmp_path / "log").iterdir())
-    ours, theirs = reading.group_runs(runs)
-    (pair,) = comparison.compare([(ours, theirs)])
-    assert pair.verdict == comparison.UNEQUAL and pair.p is None
 
 
 # ---- collections
@@ -176,7 +155,7 @@ def test_the_collections_in_results_are_read_and_written_the_same(tmp_path):
         assert ours == theirs and len(ours) > 1
 
 
-def test_a_run_that_is_added_again_takes_its_own_place(tmp_path):
+def test_a_run_that_is_added_again_takes_its_own_place_and_an_unfinished_one_none(tmp_path):
     first, second, third = read_runs(tmp_path / "log", "a", "b", "c")
     reading.add_to_collection(tmp_path / "kept", [third, first])
     reading.add_to_collection(tmp_path / "kept/runs.jsonl", [second])
@@ -187,15 +166,11 @@ def test_a_run_that_is_added_again_takes_its_own_place(tmp_path):
     reading.add_to_collection(tmp_path / "kept", [first])
     kept = reading.read_collection(tmp_path / "kept")
     assert [run.folder.name for run in kept] == ["a", "b", "c"] and math.isnan(kept[0].loss)
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["runs.jsonl"]
-
-
-def test_an_unfinished_run_is_refused(tmp_path):
-    (run,) = read_runs(tmp_path / "log", "a", steps=10)
-    del run.val[10]
-    with pytest.raises(reading.Unreadable, match="log/a is at step 0 of 10"):
-        reading.add_to_collection(tmp_path / "kept", [run])
-    assert not (tmp_path / "kept").exists()
+    before = (tmp_path / "kept/runs.jsonl").read_bytes()
+    del second.val[120]
+    with pytest.raises(reading.Unreadable, match="log/b is at step 110 of 120"):
+        reading.add_to_collection(tmp_path / "kept", [second])
+    assert [path.read_bytes() for path in (tmp_path / "kept").iterdir()] == [before]
 
 
 @pytest.mark.parametrize("path, value", [
@@ -218,9 +193,7 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(path, value, tmp_path):
     lines = file.read_text().splitlines()
     record = json.loads(lines[1])
     *parents, last = path
-    place = record
-    for key in parents:
-        place = place[key]
+    place = functools.reduce(operator.getitem, parents, record)
     place[last] = value
     if value is None:
         del place[last]
@@ -277,37 +250,29 @@ def test_seeds_are_pooled_and_a_repeated_seed_is_none(tmp_path, compare):
     assert "log/again repeats" in said and "n_layer 1, not 2" in said
 
 
-def test_another_script_is_another_model(tmp_path, compare):
-    write_run(tmp_path / "a", seed=1)
-    write_run(tmp_path / "b", seed=2, facts={"script_hash": "4567"})
-    assert len(reading.group_runs([reading.read_run(tmp_path / name) for name in "ab"])) == 2
-    status, said = compare("a", "b")
-    assert status == 0 and "script 4567, not 0123" in said
-    assert table_rows(said)["made_up (a) – made_up (b)"][2] == "one seed: no verdict"
-
-
-def test_fields_that_seeds_may_differ_in_orphan_nothing(tmp_path):
-    for seed, fields in ((1, {}), (2, {"temperature": 3}), (3, {"data_dir": "elsewhere"})):
-        write_run(tmp_path / str(seed), seed=seed, **fields)
-    (group,) = reading.group_runs([reading.read_run(tmp_path / str(seed)) for seed in (1, 2, 3)])
-    assert group.seeds == {1, 2, 3}
+def test_another_script_is_another_model_and_other_data_folders_are_not(tmp_path):
+    fields = ({}, {"temperature": 3}, {"data_dir": "elsewhere"}, {"facts": {"script_hash": "4567"}})
+    runs = []
+    for seed, other in enumerate(fields):
+        runs.append(reading.read_run(write_run(tmp_path / str(seed), seed=seed, **other)))
+    assert [group.seeds for group in reading.group_runs(runs)] == [{0, 1, 2}, {3}]
 
 
 def test_unfair_runs_are_ranked_apart_with_the_reason(tmp_path, compare):
-    write_run(tmp_path / "log/a", n_layer=1)
-    write_run(tmp_path / "log/b", n_layer=2)
-    write_run(tmp_path / "log/shorter", losses=(5.0, 1.0))
-    write_run(tmp_path / "log/other", fingerprint="g", losses=(5.0, 4.0, 1.0))
-    write_run(tmp_path / "log/faster", max_lr=0.01, losses=(5.0, 4.0, 1.0))
-    write_run(tmp_path / "log/tuned", init_from="x.pt", losses=(5.0, 4.0, 1.0))
-    write_run(tmp_path / "log/begun", n_layer=5, losses=(5.0, 1.0), max_steps=20)
+    better = (5.0, 4.0, 1.0)
+    for name, losses, fields in (
+        ("a", (5.0, 4.0, 3.0), {"n_layer": 1}), ("b", (5.0, 4.0, 3.0), {"n_layer": 2}),
+        ("shorter", (5.0, 1.0), {}), ("other", better, {"fingerprint": "g"}),
+        ("faster", better, {"max_lr": 0.01}), ("tuned", better, {"init_from": "x.pt"}),
+        ("begun", (5.0, 1.0), {"n_layer": 5, "max_steps": 20}),
+    ):  # fmt: skip
+        write_run(tmp_path / "log" / name, losses, **fields)
     status, said = compare(*sorted((tmp_path / "log").iterdir()))
     main, *apart = said.split("**Ranked apart**")
-    reasons = " ".join(apart)
     assert status == 0 and len(apart) == 4
     assert "made_up (a)" in main and "made_up (b)" in main and "(shorter)" not in main
     for reason in ("max_steps 10, not 20", "data g, not f", "max_lr 0.01, not 0.002", "x.pt, not none"):
-        assert reason in reasons
+        assert reason in " ".join(apart)
     (row,) = [line for line in main.splitlines() if "unfinished: step 10 of 20" in line]
     assert row.startswith("| – |")
 
@@ -385,13 +350,13 @@ def test_bits_per_byte(data, bits, tmp_path, compare):
 # ---- studies
 
 
-def test_verdicts_of_known_differences(tmp_path, monkeypatch):
+def test_verdicts_of_known_differences(say):
     runs = make_entry("gpt2", BASE, base=None)
     runs += make_entry("rope", [2.799, 2.9, 2.701], ms=125.0, facts={"flops_per_token": 1.76e6})
     runs += make_entry("nobias", [3.05, 3.08, 2.88], facts={"active_parameters": 400_000})
     runs += make_entry("relu2", [3.2, 3.301, 3.099])
     runs += make_entry("alone", [3.3])
-    made = table_rows(say(tmp_path, runs, monkeypatch))
+    made = table_rows(say(runs))
     head = next(name for name in made if name.startswith("against"))
     names = list(made)[list(made).index(head) + 2 :][:4]
     assert head == "against gpt2" and names == ["alone", "relu2", "nobias", "rope"]  # worst to best
@@ -419,38 +384,38 @@ def test_verdicts_of_known_differences(tmp_path, monkeypatch):
     (dict(fingerprint="g"), "data g, not f"),
     (dict(changed=["grad_clip"]), "grad_clip changed midway in s-0.8M-rope-x1-1"),
 ])  # fmt: skip
-def test_unequal_conditions_get_no_verdict(options, words, tmp_path, monkeypatch):
+def test_unequal_conditions_get_no_verdict(options, words, say):
     runs = make_entry("gpt2", BASE, base=None) + make_entry("fair", [2.799, 2.9, 2.701])
     alone = comparison.compare([tuple(reading.group_runs(runs))])[0].p
     runs += make_entry("rope", [2.799, 2.9, 2.701], **options)
-    said = say(tmp_path, runs, monkeypatch)
+    said = say(runs)
     made = table_rows(said)
     assert made["rope"][2:4] == ["unequal conditions: no verdict", "–"]
     assert any(words in line for line in said.splitlines() if line.startswith("rope: "))
     assert made["fair"][2] == "better" and float(made["fair"][3]) == pytest.approx(alone, rel=0.1)
 
 
-def test_seeds_of_one_entry_that_are_no_repetition_get_no_verdict(tmp_path, monkeypatch):
+def test_seeds_of_one_entry_that_are_no_repetition_get_no_verdict(say):
     runs = make_entry("gpt2", BASE, base=None)
     runs += [make_run("rope", 2.8, 1), make_run("rope", 2.9, 2, n_layer=5)]
     runs += [make_run("nope", 2.8, 1), make_run("nope", 2.9, 2, facts={"script_hash": "45"})]
     runs[-1].script_hash = "45"
-    said = say(tmp_path, runs, monkeypatch)
+    said = say(runs)
     assert "rope: n_layer 5, not 4 in the seeds of rope." in said
     assert "nope: script 45, not 0123 in the seeds of nope." in said
     assert table_rows(said)["rope"][2] == table_rows(said)["nope"][2] == comparison.UNEQUAL
 
 
-def test_unfinished_and_repeated_runs_are_left_out(tmp_path, monkeypatch):
+def test_unfinished_and_repeated_runs_are_left_out(say):
     runs = make_entry("gpt2", BASE, base=None) + make_entry("rope", [2.8, 2.9])
     runs += [make_run("rope", 1.0, 3, at=150), make_run("rope", 1.0, 2, facts={"time": -1.0}, n_layer=9)]
-    said = say(tmp_path, runs, monkeypatch)
+    said = say(runs)
     assert "s-0.8M-rope-x1-3: at step 150" in said.split("### Left out")[1]
     assert "repeats" in said.split("## Left out")[-1]
     assert table_rows(said)["rope"][0].startswith("-0.2000 ± ")
 
 
-def test_the_last_quarter_of_training_is_beside_the_validation(tmp_path, monkeypatch):
+def test_the_last_quarter_of_training_is_beside_the_validation(say, tmp_path):
     (run,) = make_entry("gpt2", [3.0], steps=2000)
     for step, event in run.train.items():
         event["loss"] = 9.0 if step < 1500 else 7.0 if step % 50 else 2.5 + (step - 1725) / 1000
@@ -463,9 +428,9 @@ def test_the_last_quarter_of_training_is_beside_the_validation(tmp_path, monkeyp
     runs = make_entry("gpt2", BASE, steps=2000, base=None)
     for seed, fresh in ((1, 2.9), (2, 3.0), (3, 3.1)):
         runs.append(make_run("rope", 2.5, seed, fresh=fresh, steps=2000))
-    made = table_rows(say(tmp_path, runs, monkeypatch))
+    made = table_rows(say(runs))
     assert made["rope"][5] == "+0.0000 ± 0.4303"  # 4.30265 * 0.1 of differences -0.1, -0.1, 0.2
-    assert table_rows(say(tmp_path, make_entry("gpt2", BASE, base=None), monkeypatch))["1"][3] == "–"
+    assert table_rows(say(make_entry("gpt2", BASE, base=None)))["1"][3] == "–"
 
 
 def test_times_of_two_machines_are_not_compared():
@@ -479,14 +444,14 @@ def test_times_of_two_machines_are_not_compared():
     assert comparison.speeds(rope, base) == []
 
 
-def test_tuned_learning_rates(tmp_path, monkeypatch):
+def test_tuned_learning_rates(say):
     def sweep(entry, by_rate, base):
         found = [make_entry(entry, losses, rate=rate, base=base) for rate, losses in by_rate.items()]
         return sum(found, [])
 
     runs = sweep("gpt2", {0.5: [3.2], 1.0: [3.0, 3.1, 2.9], 2.0: [2.8, 2.9, 2.7001], 4.0: [2.95]}, None)
     runs += sweep("llama", {0.5: [2.7, 2.8, 2.6], 1.0: [2.72, 2.79, 2.61], 2.0: [2.5]}, "gpt2")
-    said = say(tmp_path, runs, monkeypatch)
+    said = say(runs)
     rates = table_rows(said.split("### Learning rates")[1])
     assert rates["gpt2"][:4] == ["3.2000 (1 of 3 seeds)", "3.0000", "**2.8000**", "2.9500 (1 of 3 seeds)"]
     assert rates["gpt2"][4].startswith("-0.2000 ± ") and rates["gpt2"][4].endswith(", better")
@@ -497,12 +462,12 @@ def test_tuned_learning_rates(tmp_path, monkeypatch):
     assert table_rows(tuned)["llama, lr x0.5"][0].startswith("-0.1000 ± ")
 
 
-def test_runs_that_look_wrong_are_named(tmp_path, monkeypatch):
+def test_runs_that_look_wrong_are_named(say):
     runs = [run for number in range(4) for run in make_entry(f"e{number}", [3.0, 3.01, 2.99], base=None)]
-    assert "Look at these" not in say(tmp_path, runs, monkeypatch)
+    assert "Look at these" not in say(runs)
     runs[0].val[100] = 2.9
     runs[3].val[200] = 3.2
-    said = say(tmp_path, runs, monkeypatch).split("### Look at these runs")[1]
+    said = say(runs).split("### Look at these runs")[1]
     assert "s-0.8M-e0-x1-1: its loss 3.0000 is above its lowest, 2.9000" in said
     assert "s-0.8M-e1-x1-1: its loss is +0.1900 from" in said and said.count("\n- ") == 2
 
@@ -528,28 +493,28 @@ def test_a_diverged_run_is_ranked_last_and_gets_no_verdict(tmp_path):
     assert len(list((tmp_path / "report").glob("*.png"))) == 3
 
 
-def test_power_laws_over_the_sizes(tmp_path, monkeypatch):
+def test_power_laws_over_the_sizes(say):
     runs = make_sizes("gpt2", 0.06, None) + make_sizes("llama", 0.08)
     other = make_run("gpt2", 3.3, 1, None, size="124M", fingerprint="other")
-    said = say(tmp_path, [*runs, other], monkeypatch)
+    said = say([*runs, other])
     laws = table_rows(said.split("## Study s at")[0])
     assert list(laws)[2:] == ["llama", "gpt2"]  # the steepest first
     assert laws["llama"][0].startswith("0.0800 ± ") and laws["llama"][1] == laws["llama"][0]
     assert float(laws["llama"][3]) == pytest.approx(6 * 124_475_904**-0.08, abs=1e-3)
     two = [run for run in runs if run.study["size"] != "2.7M"]
-    assert "how the loss falls with size" in say(tmp_path, two, monkeypatch)
+    assert "how the loss falls with size" in say(two)
     one = [run for run in runs if run.study["size"] == "2.7M"]
-    assert "how the loss falls with size" not in say(tmp_path, one, monkeypatch)
+    assert "how the loss falls with size" not in say(one)
 
 
-def test_losses_at_equal_cost(tmp_path, monkeypatch):
+def test_losses_at_equal_cost(say):
     """A model of twice the FLOPs has half of the tokens: the loss of the shorter runs that had these."""
     wide = {"flops_per_token": 3.2e6}
     runs = make_entry("gpt2", BASE, base=None) + make_entry("wide", (2.9, 3.0, 2.8), ms=300.0, facts=wide)
     shorter = make_entry("gpt2", (3.2, 3.3, 3.1), base=None, steps=100)
     shorter += make_entry("wide", (3.1, 3.25, 3.0), steps=100, facts=wide)
     timed = make_entry("gpt2", BASE, base=None) + make_entry("wide", (2.9, 3.0, 2.8), ms=200.0)
-    said = say(tmp_path, runs, monkeypatch, shorter=shorter, timed=timed)
+    said = say(runs, shorter=shorter, timed=timed)
     lines = said.splitlines()
     head, row = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("rank", 1))
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
@@ -591,44 +556,6 @@ def test_pictures_are_drawn_and_the_report_shows_them(tmp_path, monkeypatch, cap
     assert "| against gpt2 |" in said and "![" not in said and "All pairs" not in said
 
 
-# ---- bands
-
-
-def test_inside_and_outside_of_a_band(tmp_path, compare):
-    for seed, last in enumerate((3.00, 3.01, 3.02)):
-        write_run(tmp_path / f"r{seed}", losses=(5.0 + 0.01 * seed, last), seed=seed)
-    assert compare("r0", "r1", "r2", "--save_reference", "out/x.jsonl")[0] == 0
-    lines = [json.loads(line) for line in (tmp_path / "out/x.jsonl").read_text().splitlines()]
-    assert lines[1]["loss"] == pytest.approx(3.01) and lines[1]["sd"] == pytest.approx(0.01)
-    # t of 2 degrees of freedom at 1 - 0.05 / (2 sides x 2 steps), and the spread of one more run beside three
-    assert lines[1]["high"] - 3.01 == pytest.approx(6.20535 * 0.01 * math.sqrt(4 / 3), rel=1e-5)
-    write_run(tmp_path / "mine", losses=(5.01, 3.05), seed=7)
-    status, said = compare("mine", "--against", "out/x.jsonl")
-    assert status == 0 and "inside the band at all 2 steps" in said and "other conditions" not in said
-    write_run(tmp_path / "faster", losses=(5.01, 3.01), max_lr=0.01, init_from="x.pt")
-    status, said = compare("faster", "--against", "out/x.jsonl")
-    assert status == 0 and "max_lr 0.01, not 0.002" in said and "x.pt, not none" in said
-    write_run(tmp_path / "bad", losses=(5.01, 3.2, 3.1))
-    status, said = compare("bad", "--against", "out/x.jsonl")
-    assert status == 1 and "outside the band at 1 of 2 steps" in said and "OUTSIDE" in said
-    (tmp_path / "nonsense").write_text("no")
-    assert compare("bad", "--against", "nonsense")[0] == 1
-    assert compare("r0", "--save_reference", "one.jsonl")[0] == 0
-    assert compare("mine", "--against", "one.jsonl")[0] == 1  # 1% to both sides: 3.05 is beyond 3.03
-    assert compare("r0", "bad", "--save_reference", "x.jsonl")[0] == 1
-
-
-def test_the_band_in_results_is_that_of_the_runs_there():
-    runs, left_out = reading.read_all([ROOT / "results/demo", ROOT / "results/band"])
-    gpt2 = [run for run in runs if run.architecture == "gpt2"]
-    known, _ = bands.read_reference(ROOT / "results/gpt2-tiny.jsonl")
-    made = bands.reference_lines([run.val for run in gpt2])
-    assert not left_out and len(gpt2) == 8
-    for line in made:
-        for name in ("loss", "sd", "low", "high"):
-            assert line[name] == pytest.approx(known[line["step"]][name])
-
-
 def test_groups_do_not_depend_on_the_order_of_the_runs():
     runs = [make_run(f"e{number}", 1.0, number % 3, max_lr=0.002 * (1 + number % 2)) for number in range(9)]
     rng = np.random.default_rng(0)
@@ -639,10 +566,3 @@ def test_groups_do_not_depend_on_the_order_of_the_runs():
         names = [sorted(group.name for group in groups) for groups, _ in found]
         assert wanted in (None, names)
         wanted = names
-
-
-@pytest.mark.skipif(not shutil.which("diff"), reason="counts lines by the program diff")
-def test_the_table_of_the_scripts(compare):
-    status, said = compare("--table", "scripts")
-    made = table_rows(said)
-    assert status == 0 and "[`train_gpt2.py`](train_gpt2.py)" in made and len(made) >= 9

@@ -11,6 +11,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from helpers import table_rows
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.virtualized import V
 
@@ -146,32 +147,16 @@ def test_a_kernel_is_as_good_as_its_best_configuration():
     }  # fmt: skip
 
 
-RECORD = {
-    "script": "train_gpt2.py", "hash": "0", "gpu": "a100", "torch": "2.13.0", "tokens": 1024,
-    "chosen_rows": 64, "rows": 32, "graphs": {"forward": 1, "backward": 1}, "breaks": {},
-    "kernels": 34, "configurations": 48, "spilling": {"triton_tem": 464}, "unfit": {}, "launches": 759,
-    "peak": 31.0e9, "resident": 1.5e9,
-    "bytes_per_token": {"rest": 2e6, "products": 1.15e6}, "flops_per_token": {"products": 0.8e9},
-    "seconds_per_token": {"rest": 2e-6, "products": 3e-6}, "tokens_per_second": 200_000.0, "bound": 386_000.0,
-    "costliest": {"mm [[8, 16], [16, 4]]": 1e-6},
-}  # fmt: skip
-
-
-def test_the_report_of_a_script():
-    row = report.summary([RECORD], price=2.0).splitlines()[-1]
-    assert "| 32 | 31.0 GB | 3.15 | 0.80 | 759 | 1, at most 464 | 200k | – | 13.9 h, 1.7 h | 28 USD |" in row
-    said = "\n".join(report.details(RECORD))
-    assert "64 rows of 1,024 tokens" in said and "triton_tem spills 464 words" in said
-    failed = {**RECORD, "error": "OutOfMemoryError: 1 TB"}
-    assert "OutOfMemoryError: 1 TB" in report.details(failed)[-1]
-
-
-def test_the_table_has_the_measurement_beside_the_estimate(tmp_path):
-    measured = {"rows": 64, "rates": [180e3, 190e3, 170e3], "peak": 32e9, "curve": "equal"}
-    report.write(report.path_of(tmp_path, "x/train_gpt2.py", "a100"), {**RECORD, "measured": measured})
-    [record] = report.read(tmp_path)
-    row = report.summary([record]).splitlines()[-1]
-    assert "| 200k | 180k, 32.0 GB, losses equal | 15.4 h, 1.9 h |" in row
+def test_the_table_has_the_measurement_beside_the_estimate(run, tmp_path):
+    record = json.loads((ROOT / "results/gpu/gpt2-a100.json").read_text())
+    record["measured"] = {"rows": 64, "rates": [180e3, 190e3, 170e3], "peak": 32e9, "curve": "equal"}
+    report.write(report.path_of(tmp_path / "new", "x/train_gpt2.py", "a100"), record)
+    status, said = run(command, "table", "new")
+    cells = table_rows(said)["train_gpt2.py"]
+    assert status == 0 and cells[:2] == ["a100", "64"]
+    assert cells[-3:] == ["198k", "180k, 32.0 GB, losses equal", "15.4 h, 1.9 h"]
+    assert any("64 rows of 1,024 tokens" in line for line in report.details(record))
+    assert "OutOfMemoryError" in report.details(record | {"error": "OutOfMemoryError: 1 TB"})[-1]
 
 
 def gpu(*arguments):
@@ -204,16 +189,13 @@ def test_a_script_on_a_gpu_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("arguments, fact", [
     (["fake", "train_none.py"], "train_none.py"),
-    (["bench", "train_gpt2.py", "--steps", "0"], "--steps 0"),
-    (["fake", "train_gpt2.py", "--price", "nan"], "--price nan"),
-    (["table", "tests"], "tests"),
+    (["bench", ROOT / "train_gpt2.py", "--steps", "0"], "--steps 0"),
+    (["fake", ROOT / "train_gpt2.py", "--rows", "-1"], "--rows -1"),
+    (["table", ROOT / "tests"], "tests"),
 ])  # fmt: skip
-def test_what_can_not_be_is_one_line(monkeypatch, arguments, fact):
-    monkeypatch.setattr(sys, "argv", ["tools.gpu", *arguments])
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    assert fact in str(stopped.value) and "\n" not in str(stopped.value)
+def test_what_can_not_be_is_one_line(run, arguments, fact):
+    status, said = run(command, *arguments)
+    assert status == 1 and fact in said and said.count("\n") == 1
 
 
 def test_steps_are_the_scripts_own_and_taken_in_turn(tmp_path, capsys):

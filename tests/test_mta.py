@@ -3,14 +3,13 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import (assert_all_close, assert_close, assert_saves_parameters_alone, gradients, in_full,
-                     joined, perturbed, size, tokens)  # fmt: skip
-from reference import convolve_maps, cross_entropy, mta_logits, rms_norm, rotate_neighbours
+                     joined, perturbed, tokens)  # fmt: skip
+from reference import cross_entropy, mta_logits
 
 import train_mta
 from tools.export.weights import interleaved
-from train_mta import Attention, Config, Model, convolve, rope_table
+from train_mta import Attention, Config, Model
 
 SMALL = dict(  # block 1 convolves
     n_layer=2, n_head=3, n_embd=24, n_inner=40, conv_every=2, vocab_size=300, block_size=150,
@@ -36,7 +35,8 @@ WIDE = dict(n_layer=1, conv_every=1, conv_queries=3, conv_keys=21, rope_theta=10
 
 @pytest.mark.parametrize("dtype, relative", [(torch.float32, 3e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("rows, length, fields", [
-    (256, 60, {}), (256, 3, {}), (16, 41, {}), (16, 41, WIDE),  # one block of rows, and several with a rest
+    (256, 60, {}), (256, 3, {}), (16, 48, {}), (16, 41, WIDE),  # one block of rows, several, and a rest
+    (16, 33, {"conv_queries": 1, "conv_keys": 17}), (16, 20, {"conv_queries": 4, "conv_keys": 1}),
 ])  # fmt: skip
 def test_everything_equals_the_released_steps(dtype, relative, rows, length, fields, monkeypatch):
     monkeypatch.setattr(Attention, "rows", rows)
@@ -58,134 +58,22 @@ def test_everything_equals_the_released_steps(dtype, relative, rows, length, fie
     assert_all_close(joined(ours), joined(theirs), relative)
 
 
-@pytest.mark.parametrize("Q, K, keys, rows_above", [
-    (6, 11, 5, 5), (6, 11, 32, 0), (1, 17, 20, 0), (4, 1, 33, 3), (3, 21, 8, 1), (6, 11, 20, 5),
-])  # fmt: skip
-def test_convolution_equals_a_loop_over_the_kernel(Q, K, keys, rows_above):
-    torch.manual_seed(0)
-    maps = torch.randn(2, 3, 9, keys, dtype=torch.float64, requires_grad=True)
-    kernel = torch.randn(3, Q, K, dtype=torch.float64, requires_grad=True)
-    ours = convolve(maps, kernel, rows_above)
-    # the loop has an output for each row of maps, as if Q - 1 rows of zeros were above
-    theirs = torch.stack([convolve_maps(each, kernel) for each in maps])[:, :, Q - 1 - rows_above :]
-    assert_close(ours, theirs, 1e-13)
-    upstream = torch.randn_like(theirs)
-    ours = torch.autograd.grad(ours, (maps, kernel), upstream)
-    theirs = torch.autograd.grad(theirs, (maps, kernel), upstream)
-    assert_close(ours[0], theirs[0], 1e-13, "maps")
-    assert_close(ours[1], theirs[1], 1e-13, "kernel")
-
-
-def test_mixers_take_heads_in_the_released_order():
-    """Before the softmax the weights are (out, in), after it (in, out)."""
-    module = make().double().blocks[0].attention
-    q, k, v = torch.randn(3, 1, 3, 10, 8, dtype=torch.float64)
-    sees = torch.ones(10, 10, dtype=torch.bool).tril()
-
-    def softmax(head):
-        scores = q[0, head] @ k[0, head].T
-        return scores.masked_fill(~sees, -math.inf).softmax(-1)
-
-    with torch.no_grad():
-        module.mix_before.copy_(torch.eye(3))
-        module.mix_after.zero_()
-        module.mix_after[0, 2] = 1.0  # head 2's output by head 0's map
-        y = module.attend(q, k, v, 0, 10)[0]
-        assert (y[:2] == 0).all()
-        assert_close(y[2], softmax(0) @ v[0, 2], 1e-12)
-        module.mix_after.copy_(torch.eye(3))
-        module.mix_before.zero_()
-        module.mix_before[2, 1] = 1.0  # head 2's scores by head 1's
-        y = module.attend(q, k, v, 0, 10)[0]
-        assert_close(y[2], softmax(1) @ v[0, 2], 1e-12)
-        mean = v[0, 0].cumsum(0) / torch.arange(1, 11)[:, None]
-        assert_close(y[0], mean, 1e-12)  # of scores of zero
-
-
-def make_heads(x, weight):
-    """x (B, T, 24) -> (B, 3, T, 8)."""
-    return (x @ weight.T).unflatten(-1, (3, 8)).transpose(1, 2)
-
-
-def test_at_first_it_is_plain_attention_with_norm_and_gate():
-    torch.manual_seed(1)
-    config = Config(**SMALL)
-    x = torch.randn(2, 60, 24, dtype=torch.float64)
-    rope = rope_table(config.rope_theta, 60, 8).double()
-    for block in Model(config).double().blocks:
-        module = block.attention
-        w = released({f"attention.{name}": p for name, p in module.named_parameters()}, config)
-        q = rotate_neighbours(make_heads(x, w["attention.q.weight"]), config.rope_theta)
-        k = rotate_neighbours(make_heads(x, w["attention.k.weight"]), config.rope_theta)
-        v = make_heads(x, w["attention.v.weight"])
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y = rms_norm(y, torch.ones(8, dtype=torch.float64))
-        y = y * torch.sigmoid(y @ module.gate.weight[0])[..., None]
-        y = y.transpose(1, 2).flatten(2) @ module.proj.weight.T
-        assert_close(module(x, rope), y, 1e-12)
-
-
-# ---- blocks of rows
-
-
-def test_the_size_of_the_blocks_changes_nothing(monkeypatch):
-    model = make().double()
-    idx, targets = tokens(2, 2, 75)
-    monkeypatch.setattr(Attention, "rows", 1000)
-    whole = gradients(model, model(idx, targets)[1])
-    for rows in (10, 37, 64, 75):
-        monkeypatch.setattr(Attention, "rows", rows)
-        assert_all_close(gradients(model, model(idx, targets)[1]), whole, 1e-12)
-
-
-# ---- what no token may see
-
-
-@pytest.mark.parametrize("length", [1, 2, 40])
-def test_no_token_sees_a_later_one(length, monkeypatch):
-    """With kernels far from the identity: at first nothing could leak."""
-    monkeypatch.setattr(Attention, "rows", 16)
-    model = make(conv_every=1).double()
-    idx = tokens(1, length)
-    with torch.no_grad():
-        logits, _ = model(idx)
-        assert_close(model.decode(idx)[0], logits[:, -1], 1e-12)
-        for at in range(length):
-            changed = idx.clone()
-            changed[0, at] = (idx[0, at] + 7) % 300
-            difference = (model(changed)[0] - logits).abs().amax((0, 2))
-            assert (difference[:at] < 1e-12).all()
-            assert difference[at] > 1e-3
-        padded = F.pad(idx, (0, 5))
-        assert_close(model(padded)[0][:, :length], logits, 1e-12)
-
-
 # ---- number formats and compilation
 
 
 def test_bfloat16_has_its_softmax_in_fp32(monkeypatch):
-    model = make()
-    idx, targets = tokens(2, 2, 150)
-    _, exact_loss = model(idx, targets)
-    exact = gradients(model, exact_loss)
-    seen = []
+    seen = set()
     softmax = torch.Tensor.softmax
 
     def spy(*inputs, **options):
         y = softmax(*inputs, **options)
-        seen.append(y.dtype)
+        seen.add(y.dtype)
         return y
 
     monkeypatch.setattr(torch.Tensor, "softmax", spy)
     with torch.autocast("cpu", torch.bfloat16):
-        _, loss = model(idx, targets)
-    rough = gradients(model, loss)
-    assert set(seen) == {torch.float32}
-    assert_close(loss, exact_loss, 2e-3)
-    assert all(gradient.dtype == torch.float32 for gradient in rough.values())
-    rough = torch.cat([gradient.flatten() for gradient in rough.values()])
-    exact = torch.cat([gradient.flatten() for gradient in exact.values()])
-    assert (rough - exact).norm() < 0.25 * exact.norm()
+        make()(*tokens(2, 2, 150))
+    assert seen == {torch.float32}
 
 
 @pytest.mark.slow
@@ -202,16 +90,10 @@ def test_several_blocks_of_rows_compile_to_one_graph(monkeypatch):
 # ---- sizes and initial weights
 
 
-def test_the_real_model_has_the_published_size():
-    C, H, D, L = 768, 12, 64, 12
-    block = 4 * C * C + 3 * C * 2048 + 2 * C + 2 * H * H + D + (D + 1)
-    convolutions = 3 * 2 * H * 6 * 11  # in blocks 2, 6 and 10
-    model = in_full(train_mta)
-    assert size(model) == 50_304 * C + L * block + C + convolutions == 123_597_084
-    for n, block in enumerate(model.blocks):
+def test_the_blocks_that_convolve():
+    for n, block in enumerate(in_full(train_mta).blocks):
         assert (block.attention.conv_before is not None) == (n in (2, 6, 10))
         assert (block.attention.conv_after is not None) == (n in (2, 6, 10))
-    assert model.flops_per_token() == pytest.approx(274.4e6, rel=1e-3)
 
 
 def test_initial_weights():
@@ -237,12 +119,3 @@ def test_initial_weights():
     idx, targets = tokens(2, 2, 64, vocab_size=1000)
     _, loss = model(idx, targets)
     assert loss.item() == pytest.approx(math.log(1000) + 0.5, abs=0.2)  # logits of variance 1
-
-
-@pytest.mark.parametrize("field, value, words", [
-    ("n_embd", 27, "--n_embd 27 .* --n_head 3"), ("conv_keys", 10, "--conv_keys 10"),
-    ("conv_queries", 33, "--conv_queries 33.* 32"),
-])  # fmt: skip
-def test_impossible_shapes_are_refused(field, value, words):
-    with pytest.raises(SystemExit, match=words):
-        Model(Config(**SMALL | {field: value}))

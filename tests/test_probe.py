@@ -1,22 +1,23 @@
 """Losses by document, by position, by context and of n-grams, where they are known."""
 import dataclasses
-import importlib
+import functools
 import json
 import math
 import statistics
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import table_rows
+from conftest import ROOT
+from helpers import SMALL, events, table_rows
 
 import fineweb
+import train_gpt2
 from tools import probe
 from tools.compare import stats
+from tools.study import vary
 
 # The logits of a token after k others are those of a fixed table, times 1 + 1 / (1 + k): so the loss depends
 # on the last token and on how many there are before it.
@@ -45,50 +46,29 @@ class Model(torch.nn.Module):
 
 
 @pytest.fixture
-def ask(monkeypatch, capsys, tmp_path):
+def ask(run):
     """ask(*arguments) -> (exit status, what tools.probe printed)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["probe", *map(str, arguments)])
-        try:
-            probe.main()
-            status = 0
-        except SystemExit as error:
-            status = 1 if error.code else 0
-            print(error.code)
-        return status, capsys.readouterr().out
-
-    return run
-
-
-def save(folder, script, name, config, model, data):
-    """A run's newest checkpoint, and an older one that can't be read."""
-    folder.mkdir(parents=True)
-    (folder / "step_000005.pt").write_text("nothing")
-    checkpoint = {"script": name, "script_hash": "0", "step": 7, "config": dataclasses.asdict(config),
-                  "data": data, "model": model.state_dict()}  # fmt: skip
-    torch.save(checkpoint, folder / "step_000007.pt")
-    if script:
-        (folder / f"{name}.py").write_text(script)
-    return folder
+    return functools.partial(run, probe)
 
 
 @pytest.fixture
-def made(tmp_path, small_sample):
+def made(tmp_path, sample):
     """made(name, seed, **fields of Config) -> the folder of a run on the sample, with random weights."""
-    data = fineweb.open_dataset(small_sample, 257, 100)
+    data = fineweb.open_dataset(sample, 257, 100)
 
     def make(name, seed=1, fingerprint=None, **fields):
-        (tmp_path / "train_tiny.py").write_text(SCRIPT)
-        spec = importlib.util.spec_from_file_location("made_up", tmp_path / "train_tiny.py")
-        script = importlib.util.module_from_spec(spec)
-        sys.modules["made_up"] = script
-        spec.loader.exec_module(script)
-        config = script.Config(data_dir=str(small_sample), seed=seed, **fields)
+        script = vary.load_text("train_tiny", SCRIPT)
+        config = script.Config(data_dir=str(sample), seed=seed, **fields)
         torch.manual_seed(seed)
         of = data | {"fingerprint": fingerprint or data["fingerprint"]}
-        return save(tmp_path / "log" / name, SCRIPT, "train_tiny", config, script.Model(config), of)
+        folder = tmp_path / "log" / name
+        folder.mkdir(parents=True)
+        (folder / "step_000005.pt").write_text("nothing")  # an older one, which can't be read
+        checkpoint = {"script": "train_tiny", "script_hash": "0", "step": 7, "data": of}
+        checkpoint |= {"config": dataclasses.asdict(config), "model": script.Model(config).state_dict()}
+        torch.save(checkpoint, folder / "step_000007.pt")
+        (folder / "train_tiny.py").write_text(SCRIPT)
+        return folder
 
     return make
 
@@ -101,16 +81,16 @@ def known_losses(folder, rows):
     return np.log(np.exp(scaled).sum(-1)) - np.take_along_axis(scaled, targets[..., None], -1)[..., 0]
 
 
-def windows(small_sample, count, block_size=64):
-    return fineweb.Windows(small_sample, "val", block_size).rows(np.arange(count))
+def windows(sample, count, block_size=64):
+    return fineweb.Windows(sample, "val", block_size).rows(np.arange(count))
 
 
-def test_losses_by_position(ask, made, small_sample, monkeypatch):
+def test_losses_by_position(ask, made, sample, monkeypatch):
     monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 200)  # several passes
     folder = made("tiny", block_size=256)
     status, said = ask("position", folder, "--windows", 20, "--json", "out/position.json")
     (found,) = json.loads(Path("out/position.json").read_text())
-    expected = known_losses(folder, windows(small_sample, 20, 256))
+    expected = known_losses(folder, windows(sample, 20, 256))
     assert status == 0 and list(found["losses"]) == ["1 to 32", "33 to 128", "129 to 256"]
     for name, (start, end) in zip(found["losses"], [(0, 32), (32, 128), (128, 256)], strict=True):
         of_windows = expected[:, start:end].mean(axis=1)
@@ -129,12 +109,12 @@ def test_the_same_tokens_are_guessed_with_each_length():
         assert (pieces.diff(dim=1) == 1).all()  # neighbours in the text
 
 
-def test_what_is_lost_with_less_text(ask, made, small_sample):
+def test_what_is_lost_with_less_text(ask, made, sample):
     folder = made("tiny")
     status, said = ask("context", folder, made("short", block_size=16), "--windows", 9, "--json", "c.json")
     found = json.loads(Path("c.json").read_text())[0]["losses"]
     assert status == 0 and list(found) == [*[f"at most {n}" for n in (2, 4, 8, 16, 32)], "all 64"]
-    rows = windows(small_sample, 9)
+    rows = windows(sample, 9)
     whole = known_losses(folder, rows)[:, 32:].mean(axis=1)
     assert found["all 64"][0] == pytest.approx(whole.mean(), rel=1e-5)
     pieces = probe.cut(torch.from_numpy(rows), 4).numpy()
@@ -146,12 +126,12 @@ def test_what_is_lost_with_less_text(ask, made, small_sample):
 # ---- documents
 
 
-def test_losses_by_document(ask, made, small_sample):
+def test_losses_by_document(ask, made, sample):
     first, second = made("a-1"), made("b-1", seed=2)
     status, said = ask("documents", first, second, "--tokens", 4096, "--json", "d.json")
     assert status == 0, said
     kept = json.loads(Path("d.json").read_text())
-    rows = windows(small_sample, 64)
+    rows = windows(sample, 64)
     loss = known_losses(first, rows).flatten()
     expected = [[]]
     for each, token in zip(loss, rows[:, 1:].flatten(), strict=True):
@@ -218,8 +198,6 @@ def test_an_interval_over_documents_holds_whatever_their_lengths(spread):
 
 
 def test_the_scores_in_results_are_read(ask):
-    from conftest import ROOT
-
     status, said = ask("documents", ROOT / "results/architectures/documents-0.25M.json")
     pair = table_rows(said)["architectures-0.25M-rwkv – architectures-0.25M-gemma"]
     assert status == 0 and pair[:5] == ["-0.0114", "0.0227", "0.0067", "0.0237", "0.185"]
@@ -245,22 +223,13 @@ def test_mistakes_are_one_line(ask, made, tmp_path):
     assert status == 1 and "is no training script" in said
 
 
-@pytest.mark.slow
-def test_a_real_script(ask, tmp_path, small_sample):
-    """Of a run without a copy of its script the script of that name is taken."""
-    script = importlib.import_module("train_gpt2")
-    shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=257, block_size=64, val_tokens=2048)
-    config = script.Config(data_dir=str(small_sample), **shape)
-    model = script.Model(config).eval()
-    data = fineweb.open_dataset(small_sample, 257, config.train_shards)
-    folder = save(tmp_path / "log/gpt2", None, "train_gpt2", config, model, data)
-    status, _ = ask("position", folder, "--windows", 4, "--json", "p.json")
-    rows = torch.from_numpy(windows(small_sample, 4))
-    with torch.no_grad():
-        logits, _ = model(rows[:, :-1])
-    expected = F.cross_entropy(logits[:, :32].flatten(0, 1), rows[:, 1:33].flatten())
+def test_a_real_run_without_a_copy_of_its_script(ask, run, sample):
+    assert run(train_gpt2, *SMALL, f"--data_dir={sample}", "--max_steps=1", "--run_name=a")[0] == 0
+    Path("log/a/train_gpt2.py").unlink()
+    status, _ = ask("position", "log/a", "--windows", 16, "--json", "p.json")  # 512 tokens, as --val_tokens
     (found,) = json.loads(Path("p.json").read_text())
-    assert status == 0 and found["losses"]["1 to 32"][0] == pytest.approx(expected.item(), rel=1e-5)
+    loss = events(Path("log/a"), "val")[-1]["loss"]
+    assert status == 0 and found["losses"]["1 to 32"][0] == pytest.approx(loss, rel=1e-5)
 
 
 # ---- n-grams
@@ -317,8 +286,8 @@ def test_what_needs_two_tokens_is_learnt_with_three():
     assert three < 0.15 * math.log(7) + 1 / 9 * math.log(7)  # the first of a row's nine can't be known
 
 
-def test_the_n_grams_of_a_run(ask, small_sample):
-    options = ["ngrams", "--data_dir", small_sample, "--largest", 4, "--val_tokens", 4096]
+def test_the_n_grams_of_a_run(ask, sample):
+    options = ["ngrams", "--data_dir", sample, "--largest", 4, "--val_tokens", 4096]
     status, said = ask(*options, "--steps", 40, "--json", "out/ngram.json")
     kept = json.loads(Path("out/ngram.json").read_text())
     made = table_rows(said)
@@ -328,5 +297,5 @@ def test_the_n_grams_of_a_run(ask, small_sample):
     more = table_rows(ask(*options, "--steps", 160)[1])
     assert float(more["4"][0]) < kept["losses"][-1]  # more text, a lower loss
     assert ask(*options, "--steps", 40, "--seed", 2)[1] != said  # other windows
-    status, said = ask("ngrams", "--data_dir", small_sample, "--largest", 8)
+    status, said = ask("ngrams", "--data_dir", sample, "--largest", 8)
     assert status == 1 and "--largest 8" in said

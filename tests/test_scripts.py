@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from helpers import (SHORT, TORCHRUN, assert_same, events, in_full, load, losses, make, size, tiny,
-                     tokens)  # fmt: skip
+from helpers import (SHORT, SMALL, TORCHRUN, assert_all_learn, assert_close, assert_decodes, assert_overfits,
+                     assert_same, assert_sees_no_later_token, events, in_full, load, losses, make, size,
+                     tiny, tokens)  # fmt: skip
 
 from tools import sync
+from tools.common import load_script
+from tools.export import weights
 
 PATHS = [ROOT / name for name in sorted(sync.SCRIPTS.values())]  # a user's own script may break the rules
-BUDGET = 124_475_904
 LINES = {  # at most
     "train_gpt2": 600, "train_llama": 630, "train_mistral": 670, "train_gemma": 690, "train_mta": 710,
     "train_deepseek": 860, "train_rwkv": 890,
@@ -96,6 +98,48 @@ def test_sync_names_what_is_missing_and_changes_nothing(copies, monkeypatch, nam
     assert path.read_text() == without
 
 
+MINE = [  # a script of a user's own: a copy of train_gpt2.py with these changes
+    ('F.gelu(self.up(x), approximate="tanh")', "F.relu(self.up(x)) ** 2"),
+    ("def get_lr(config, step):", "def get_lr(config, step, sharpness=1):"),  # which all seven share
+]
+
+
+def write_mine(folder):
+    text = sync.ORIGINAL.read_text()
+    for old, new in MINE:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (folder / "train_mine.py").write_text(text)
+    return folder / "train_mine.py"
+
+
+@pytest.mark.parametrize("options", [[], ["--check"]])
+def test_sync_leaves_a_script_of_ones_own_alone_and_says_so(copies, monkeypatch, capsys, options):
+    path = write_mine(copies)
+    before = path.read_bytes()
+    call_sync(monkeypatch, *options)
+    assert capsys.readouterr().out.startswith("train_mine.py") and path.read_bytes() == before
+
+
+def test_a_script_of_ones_own_trains_and_its_checkpoint_is_not_taken_for_gpt2s(run, sample, tmp_path):
+    """Its weights would fit GPT-2's class, which would compute something else with them."""
+    path = write_mine(tmp_path)
+    folder = tmp_path / "log/mine-tiny"
+    options = [*SMALL, f"--data_dir={sample}", "--max_steps=2"]
+    mine, _ = load_script("train_mine", tmp_path)
+    assert run(mine, *options)[0] == 0
+    assert len(losses(folder)) == 2 and (folder / "train_mine.py").read_bytes() == path.read_bytes()
+    model = mine.Model(mine.Config(**load(folder, 2)["config"]))
+    model.load_state_dict(load(folder, 2)["model"])
+    x = torch.randn(3, 16)
+    mlp = model.blocks[0].mlp
+    torch.testing.assert_close(mlp(x), mlp.proj(F.relu(mlp.up(x)) ** 2))
+    assert run(mine, "--tiny", "--resume", "--max_steps=3")[0] == 0
+    gpt2 = importlib.import_module("train_gpt2")
+    status, said = run(gpt2, *options, "--run_name=mine-tiny", "--resume")
+    assert status == 1 and "train_mine.py" in said and said.count("\n") == 1
+
+
 def test_the_first_sibling_differs_by_its_paper_alone():
     arguments = ["diff", ROOT / "train_gpt2.py", ROOT / "train_llama.py"]
     result = subprocess.run(arguments, capture_output=True, text=True)
@@ -145,13 +189,68 @@ def test_help_names_every_option_with_the_value_that_runs(script, monkeypatch, c
         assert any(option.split()[0] == name and shown in option for option in options), name
 
 
-def test_parameters_at_the_real_shapes(script, monkeypatch):
+@pytest.mark.parametrize("name, parameters, active, flops", [
+    ("gpt2", 124_475_904, 124.5e6, 266.0e6), ("llama", 123_587_328, 123.6e6, 266.0e6),
+    ("mistral", 123_587_328, 123.6e6, 261.3e6), ("gemma", 123_673_216, 123.7e6, 267.3e6),
+    ("deepseek", 124_317_312, 71.2e6, 228.1e6), ("rwkv", 124_286_208, 124.3e6, 255.7e6),
+    ("mta", 123_597_084, 123.6e6, 274.4e6),
+])  # fmt: skip
+def test_parameters_and_operations_at_the_real_shapes(name, parameters, active, flops, monkeypatch):
+    script = importlib.import_module(f"train_{name}")
     monkeypatch.setattr(script.Model, "init_weights", lambda self: None)
     model = in_full(script, **script.RECIPE)
-    assert 122_000_000 <= size(model) <= BUDGET
-    assert f"{size(model):,}" in script.__doc__
-    assert model.active_parameters() == size(model) or script.__name__ == "train_deepseek"
-    assert 100e6 < model.flops_per_token() < 330e6
+    assert size(model) == parameters <= 124_475_904 and f"{parameters:,}" in script.__doc__
+    assert model.active_parameters() == pytest.approx(active, abs=5e4)
+    assert model.flops_per_token() == pytest.approx(flops, rel=1e-3)
+    if name in weights.HF_CLASSES and name != "deepseek":  # transformers has no second token
+        with torch.device("meta"):
+            assert size(weights.hf_model(name, script.Config())) == parameters
+
+
+@pytest.mark.parametrize("name, fields, words", [
+    ("gpt2", dict(n_embd=30, n_head=4), "--n_embd 30 .* --n_head 4"),
+    ("rwkv", dict(n_embd=30, n_head=4), "--n_embd 30 .* --n_head 4"),
+    ("llama", dict(n_embd=36, n_head=4), "--n_embd 36 .* --n_head 4"),
+    ("llama", dict(n_kv_head=5), "--n_head 12 .* --n_kv_head 5"),
+    ("mistral", dict(n_embd=36, n_head=4), "--n_embd 36 .* --n_head 4"),
+    ("mistral", dict(n_kv_head=5), "--n_head 12 .* --n_kv_head 5"),
+    ("gemma", dict(n_head=4, n_kv_head=3), "--n_head 4 .* --n_kv_head 3"),
+    ("gemma", dict(head_dim=33), "--head_dim 33"),
+    ("mta", dict(n_embd=27, n_head=3), "--n_embd 27 .* --n_head 3"),
+    ("mta", dict(conv_keys=10), "--conv_keys 10"),
+    ("mta", dict(conv_queries=33, block_size=32), "--conv_queries 33"),
+])  # fmt: skip
+def test_shapes_that_can_not_be_are_refused(name, fields, words):
+    script = importlib.import_module(f"train_{name}")
+    with pytest.raises(SystemExit, match=words):
+        script.Model(script.Config(**fields))
+
+
+@pytest.mark.parametrize("name, theirs, eps", [  # Mistral's and MTA's are the same text as LLaMA's
+    ("llama", "llama.modeling_llama.LlamaRMSNorm", 1e-5),
+    ("gemma", "gemma3.modeling_gemma3.Gemma3RMSNorm", 1e-6),
+    ("deepseek", "deepseek_v3.modeling_deepseek_v3.DeepseekV3RMSNorm", 1e-6),
+])  # fmt: skip
+def test_norms_are_the_reference_in_fp32_rounded_once(name, theirs, eps):
+    """Of 16-bit x with and without autocast; the weights are in fp32."""
+    module, _, kind = f"transformers.models.{theirs}".rpartition(".")
+    reference = getattr(pytest.importorskip(module), kind)(64, eps=eps)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(reference.weight)
+    norm = importlib.import_module(f"train_{name}").Norm(64)
+    norm.load_state_dict(reference.state_dict())
+    for scale in (500, 1e-3):  # squares that are too large for fp16, and squares near eps
+        x = scale * torch.randn(40, 64)
+        assert_close(norm(x), reference(x), 1e-6)
+        for dtype in (torch.float16, torch.bfloat16):
+            rounded = x.to(dtype)
+            y = norm(rounded)
+            exact = reference(rounded.float())
+            unit = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+            assert y.dtype == dtype
+            assert ((y.float() - exact).abs() <= 0.501 * unit).all()
+            with torch.autocast("cpu", dtype):
+                assert torch.equal(norm(rounded), y)
 
 
 # ---- the model
@@ -192,21 +291,16 @@ def test_a_parameter_without_initialisation_is_an_error(script, monkeypatch):
         script.Model(tiny(script))
 
 
+@torch.no_grad()
 def test_a_token_changes_nothing_before_it_and_neither_does_padding(script):
     model = make(script).eval()
+    assert_sees_no_later_token(model)
     idx = tokens(2, 48)
-    with torch.no_grad():
-        before = model(idx)[0]
-        for t in (0, 1, 13, 31, 32, 47):
-            edited = idx.clone()
-            edited[:, t] = (edited[:, t] + 1) % 257
-            after = model(edited)[0]
-            torch.testing.assert_close(after[:, :t], before[:, :t], rtol=1e-5, atol=1e-5)
-            assert (after[:, t] - before[:, t]).abs().max() > 1e-3
-        for n in (1, 5, 17, 33):
-            padded = F.pad(idx[:, :n], (0, 48 - n), value=200)
-            torch.testing.assert_close(model(padded)[0][:, :n], before[:, :n], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(model(idx[:, :n])[0], before[:, :n], rtol=1e-4, atol=1e-4)
+    before = model(idx)[0]
+    for n in (1, 5, 17, 33):
+        padded = F.pad(idx[:, :n], (0, 48 - n), value=200)
+        torch.testing.assert_close(model(padded)[0][:, :n], before[:, :n], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(idx[:, :n])[0], before[:, :n], rtol=1e-4, atol=1e-4)
 
 
 def test_the_losss_value_is_the_cross_entropy_alone(script):
@@ -223,27 +317,14 @@ def test_the_losss_value_is_the_cross_entropy_alone(script):
 
 def test_every_parameter_learns_and_is_in_one_group(script):
     model = make(script)
-    model(tokens(2, 48), tokens(2, 48, seed=1))[1].backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-    groups = model.optimizer_groups()
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
-    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decays[id(model.wte.weight)] == model.config.weight_decay
-    assert any(decay == 0 for decay in decays.values())
+    assert_all_learn(model)
+    decays = {id(p): group["weight_decay"] for group in model.optimizer_groups() for p in group["params"]}
+    assert decays[id(model.wte.weight)] == model.config.weight_decay and 0 in decays.values()
 
 
+@torch.no_grad()
 def test_decoding_step_by_step_equals_the_whole(script):
-    model = make(script).eval()
-    idx = tokens(2, 40)
-    with torch.no_grad():
-        whole, state = model(idx)[0], None
-        for n in range(11, 41):
-            logits, state = model.decode(idx[:, :n], state)
-            torch.testing.assert_close(logits, whole[:, n - 1], rtol=1e-4, atol=1e-4)
-        longer = tokens(2, 60)  # beyond block_size
-        assert model.decode(longer)[0].shape == (2, 257)
+    assert_decodes(make(script).eval())
 
 
 def test_number_formats(script):
@@ -332,18 +413,7 @@ def test_compiled_gradients_leave_autocast_as_eager_ones_do(name, fields):
 
 @pytest.mark.slow
 def test_overfits_one_batch(script):
-    torch.manual_seed(0)
-    model = script.Model(tiny(script, vocab_size=64))
-    optimizer = torch.optim.AdamW(model.optimizer_groups(), lr=3e-3, betas=(0.9, 0.95))
-    idx, targets = tokens(2, 1, 20, vocab_size=64)
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = model(idx, targets)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.after_step()
-    assert loss.item() < 0.3
+    assert_overfits(script)
 
 
 # ---- runs

@@ -1,9 +1,10 @@
 """Studies: their files, their plan, and whole studies that fail, are killed and go on."""
 import argparse
 import os
-import random
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,10 +17,9 @@ from conftest import ROOT
 
 import fineweb
 import train_gpt2
-import train_llama
 from tools.compare import runs
 from tools.study import __main__ as study
-from tools.study import files, jobs, kept, runner, vary
+from tools.study import files, jobs, runner, vary
 
 slow = pytest.mark.slow
 
@@ -147,84 +147,40 @@ def test_dry_run_of_a_variant(run):
 
 
 # ==========================================================================
-# Studies of a script that takes no time
-
-MODEL = '''
-class Model:
-    def __init__(self):
-        self.init_weights()
-
-
-def main():
-    """A run whose every loss depends on all steps before it, with a log and checkpoints as the scripts'."""
-    config = tyro.cli(Config, default=Config(**TINY_MODEL | TINY_RUN), use_underscores=True,
-                      config=(tyro.conf.FlagCreatePairsOff,))
-    folder = Path("log") / config.run_name
-    if config.n_head == 7:
-        print("loading")
-        fail("stopped at step 3: loss nan")
-    fineweb.lock(folder, "wait for it")
-    saved = sorted(folder.glob("step_*.pt"))
-    if config.resume != bool(saved):
-        fail(f"--resume {config.resume}, but {len(saved)} checkpoints")
-    first, state = json.loads(saved[-1].read_text()) if saved else (0, config.seed)
-    log = folder / "log.jsonl"
-    script_hash = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    fineweb.append(log, "run", script=Path(__file__).stem, script_hash=script_hash, processes=1,
-                   parameters=100, flops_per_token=1000.0, data=fineweb.open_dataset(config.data_dir), config=vars(config))
-    with fineweb.noted_signals() as signals:
-        for step in range(first, config.max_steps + 1):
-            last = step == config.max_steps
-            due = (step % config.eval_every == 0 or last) and not signals
-            stopping = bool(signals)
-            if due:
-                fineweb.append(log, "val", step=step, loss=1 + state / 2**31)
-            if step > first and (due or stopping):
-                time.sleep(0.05)  # in which it may be killed
-                text = json.dumps([step, state]).encode()
-                fineweb.write_atomic(folder / f"step_{step:08d}.pt", lambda f: f.write(text))
-            if stopping or last:
-                break
-            time.sleep(config.adam_eps if config.adam_eps > 1e-4 else 0)
-            fineweb.append(log, "train", step=step, loss=state / 2**31, ms=2.0)
-            state = (1103515245 * state + 12345 + 7 * config.seed + step) % 2**31
-
-
-if __name__ == "__main__":
-    main()
-'''
+# Whole studies of small models
 
 STUDY = """
 question = "Does it work?"
 sizes = ["0.25M"]
 seeds = [1, 2]
-options = {{ val_tokens = 64, batch_tokens = 256, adam_eps = {pause} }}
+[options]
+n_embd = 16
+n_head = 2
+block_size = 32
+batch_tokens = 256
+val_tokens = 256
+sample_tokens = 2
 [max_steps]
-"0.25M" = {steps}
+"0.25M" = STEPS
 [runs]
-one = {{ script = "fake" }}
-two = {{ script = "fake", base = "one", options = {{ n_layer = 2 }} }}
+one = { script = "gpt2", options = { n_layer = 1 } }
+two = { script = "gpt2", base = "one", options = { n_layer = 2 } }
 """
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch, sample):
-    """A folder with train_fake.py, data/sample, and write(steps, pause, more) for st.toml, a study of it."""
-    text = (ROOT / "train_gpt2.py").read_text()
-    config = text[text.index("@dataclasses.dataclass\nclass Config") : text.index("# Model: this")]
-    imports = "import dataclasses, hashlib, json, time\nfrom pathlib import Path\n"
-    imports += "from typing import Literal\nimport tyro\nimport fineweb\nimport hellaswag\nfrom fineweb import fail\n\n"
-    (tmp_path / "train_fake.py").write_text(imports + config + MODEL)
+def write(tmp_path, monkeypatch, sample):
+    """A folder with train_gpt2.py, data/sample, and write(steps, more) for st.toml, a study of it."""
+    shutil.copy(ROOT / "train_gpt2.py", tmp_path)
     (tmp_path / "data").mkdir()
     os.symlink(sample, tmp_path / "data/sample")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jobs, "ROOT", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(jobs, "load_source", jobs.load_source.__wrapped__)  # which caches a script's text
     monkeypatch.setattr(runner, "SECONDS_BETWEEN_TRIES", 0.5)
 
-    def write(steps=8, pause="1e-8", more=""):
-        (tmp_path / "st.toml").write_text(STUDY.format(steps=steps, pause=pause) + more)
+    def write(steps=8, more=""):
+        (tmp_path / "st.toml").write_text(STUDY.replace("STEPS", str(steps)) + more)
 
     write()
     return write
@@ -241,7 +197,7 @@ def events(said, kind):
 
 
 @slow
-def test_a_study_from_start_to_end(fake, run, monkeypatch):
+def test_a_study_from_start_to_end(write, run, monkeypatch):
     status, said = run(study, "st.toml")
     assert status == 0, said
     names = ["st-0.25M-one-1", "st-0.25M-two-1", "st-0.25M-one-2", "st-0.25M-two-2"]
@@ -253,7 +209,7 @@ def test_a_study_from_start_to_end(fake, run, monkeypatch):
         {"name": "st", "size": "0.25M", "entry": "two", "base": "one", "rate": 1.0},
     ]
     assert sorted(collected[0].val) == [0, 4, 8] and f"{collected[0].loss:.4f}" in said
-    assert Path("report/st/out/st-0.25M-one-1.txt").read_text().startswith("$ python train_fake.py --tiny ")
+    assert Path("report/st/out/st-0.25M-one-1.txt").read_text().startswith("$ python train_gpt2.py --tiny ")
 
     # all is done, by the log as by the collection alone; nothing is started
     monkeypatch.setattr(runner, "run_jobs", None)
@@ -263,7 +219,7 @@ def test_a_study_from_start_to_end(fake, run, monkeypatch):
     assert run(study, "st.toml")[0] == 0
 
     # a script of another text is said
-    with open("train_fake.py", "a") as file:
+    with open("train_gpt2.py", "a") as file:
         file.write("# edited\n")
     status, said = run(study, "st.toml")
     (note,) = [line for line in said.splitlines() if line.startswith("note: ")]
@@ -271,36 +227,36 @@ def test_a_study_from_start_to_end(fake, run, monkeypatch):
 
 
 @slow
-def test_scaled_inits_are_runs_of_their_own(fake, run):
+def test_scaled_inits_are_runs_of_their_own(write, run):
     options = ("--only", "one", "--seeds", "5", "--steps", "4", "--inits", "1", "0.5", "--jobs", "2")
     status, said = run(study, "st.toml", *options)
     assert status == 0, said
     assert set(results()) == {"st-0.25M-one-5", "st-0.25M-one-init0.5-5"}
     plain, half = runs.read_collection("report/st")
     assert plain.script_hash != half.script_hash and half.study["base"] == "one"
-    assert "parameter.data *= 0.5" in Path("log/st-0.25M-one-init0.5-5/train_fake.py").read_text()
+    assert "parameter.data *= 0.5" in Path("log/st-0.25M-one-init0.5-5/train_gpt2.py").read_text()
 
 
 @slow
-def test_what_fails_is_named_and_the_others_go_on(fake, run):
-    more = 'bad = { script = "fake", options = { n_head = 7 } }\n'
-    more += 'wrong = { script = "fake", options = { n_layer = "x" } }\n'
-    more += 'unknown = { script = "fake", options = { windw = 13 } }\n'
-    fake(more=more)
+def test_what_fails_is_named_and_the_others_go_on(write, run):
+    more = 'bad = { script = "gpt2", options = { n_head = 3 } }\n'
+    more += 'wrong = { script = "gpt2", options = { n_layer = "x" } }\n'
+    more += 'unknown = { script = "gpt2", options = { windw = 13 } }\n'
+    write(more=more)
     status, said = run(study, "st.toml", "--seeds", "1")
     assert status == 1
     (failed,) = {line for line in said.splitlines() if line.startswith("failed    st-0.25M-bad-1: ")}
-    assert "stopped at step 3: loss nan" in failed and "report/st/out/st-0.25M-bad-1.txt" in failed
-    assert "failed    unknown at 0.25M: train_fake.py has no option --windw\n" in said
-    assert "failed    wrong at 0.25M: train_fake.py: " in said and "$.n_layer" in said
+    assert "--n_head 3" in failed and "report/st/out/st-0.25M-bad-1.txt" in failed
+    assert "failed    unknown at 0.25M: train_gpt2.py has no option --windw\n" in said
+    assert "failed    wrong at 0.25M: train_gpt2.py: " in said and "$.n_layer" in said
     assert sorted(results()) == ["st-0.25M-one-1", "st-0.25M-two-1"]
-    fake(more=more.replace("n_head = 7", "n_head = 2"))  # what was wrong is mended
+    write(more=more.replace("n_head = 3", "n_head = 2"))  # what was wrong is mended
     status, said = run(study, "st.toml", "--seeds", "1", "--only", "bad")
     assert status == 0 and sorted(results())[0] == "st-0.25M-bad-1"
 
 
 @slow
-def test_a_run_of_other_options_or_data_is_not_taken_for_this_one(fake, run, tmp_path):
+def test_a_run_of_other_options_or_data_is_not_taken_for_this_one(write, run, tmp_path):
     assert run(study, "st.toml", "--seeds", "1", "--only", "one")[0] == 0
     log = Path("log/st-0.25M-one-1/log.jsonl")
     before = log.read_bytes()
@@ -320,7 +276,7 @@ def test_a_run_of_other_options_or_data_is_not_taken_for_this_one(fake, run, tmp
 
 
 @slow
-def test_equal_runs_of_another_study_are_taken_from_it(fake, run, monkeypatch):
+def test_equal_runs_of_another_study_are_taken_from_it(write, run, monkeypatch):
     """Those of the same script, options, seed and data, and no others."""
     assert run(study, "st.toml", "--seeds", "2", "--only", "one")[0] == 0
     text = Path("st.toml").read_text().replace("one", "first").replace("two", "second")
@@ -344,7 +300,7 @@ def test_equal_runs_of_another_study_are_taken_from_it(fake, run, monkeypatch):
 
 
 @slow
-def test_a_run_that_another_process_has_is_waited_for(fake, run):
+def test_a_run_that_another_process_has_is_waited_for(write, run):
     folder = Path("log/st-0.25M-one-1").resolve()
     folder.mkdir(parents=True)
     lock = filelock.FileLock(folder / ".lock", thread_local=False)
@@ -364,16 +320,16 @@ def test_a_run_that_another_process_has_is_waited_for(fake, run):
     assert events(said, "finished") == ["st-0.25M-two-1", "st-0.25M-one-1"]
 
 
-def test_one_start_at_a_time(fake, run):
+def test_one_start_at_a_time(write, run):
     folder = Path("report/st/out")
     folder.mkdir(parents=True)
     with filelock.FileLock(folder / ".lock"):
-            status, said = run(study, "st.toml")
+        status, said = run(study, "st.toml")
     assert status == 1 and "report/st/out is in use" in said
 
 
 @slow
-def test_killed_between_the_last_loss_and_the_last_checkpoint(fake, run):
+def test_killed_between_the_last_loss_and_the_last_checkpoint(write, run):
     only = ("st.toml", "--seeds", "1", "--only", "one")
     run(study, *only)
     whole = results()
@@ -391,27 +347,11 @@ def test_killed_between_the_last_loss_and_the_last_checkpoint(fake, run):
     assert status == 0 and events(said, "resumed") == [] and results() == whole
 
 
-def fork(*options):
-    """Starts a study in a process of its own, without the time to import torch; it prints to said.txt."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        fineweb.locks.clear()
-        out = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
-        sys.argv = ["study", *options]
-        study.main()
-        status = 0
-    except SystemExit as error:
-        print(error.code)
-    finally:
-        os._exit(status)
+def start(*options):
+    """A study in a process of its own, which prints to said.txt."""
+    said = open("said.txt", "a")
+    command = [sys.executable, "-m", "tools.study", *options]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=said, stderr=said)
 
 
 def wait_for(condition, seconds=300):
@@ -421,128 +361,71 @@ def wait_for(condition, seconds=300):
         time.sleep(0.02)
 
 
-def end(pid, number):
-    os.kill(pid, number)
-    os.waitpid(pid, 0)
+def end(process, number):
+    process.send_signal(number)
+    process.wait()
 
 
-def assert_ends_well(pid):
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, Path("said.txt").read_text()
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def assert_ends_well(process):
+    assert process.wait() == 0, Path("said.txt").read_text()
 
 
 @slow
-@needs_fork
-def test_killed_again_and_again_and_gone_on_with(fake, run):
-    fake(steps=60, pause="0.01")
-    run(study, "st.toml", "--jobs", "4")
-    whole = results()
-    assert len(whole) == 4
-    for path in (Path("log"), Path("report")):
-        path.rename(f"whole-{path.name}")
-    random.seed(0)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
-        pid = fork("st.toml", "--jobs", "2")
-        time.sleep(random.uniform(1, 4))
-        end(pid, number)
-    assert_ends_well(fork("st.toml", "--jobs", "2"))
-    assert results() == whole
-
-
-@slow
-@needs_fork
-def test_nothing_goes_on_without_the_study(fake):
-    fake(steps=2000, pause="0.01")
-    folder = Path("log/st-0.25M-one-1")
-    pid = fork("st.toml")
-    wait_for(lambda: runner.last_step(folder) > 20)
-    end(pid, signal.SIGKILL)
-    lock = filelock.FileLock(folder.resolve() / ".lock")
-    lock.acquire(timeout=20)  # once the run has ended
-    assert 20 < int(max(folder.glob("step_*.pt")).stem[5:]) < 1000  # it saved when it did
-
-
-# ==========================================================================
-# Studies of real scripts
-
-
-REAL = """
-question = "Does it work?"
-sizes = ["0.25M"]
-seeds = [1, 2]
-[options]
-n_layer = 1
-block_size = 32
-batch_tokens = 256
-val_tokens = 256
-sample_tokens = 2
-eval_every = 50
-[max_steps]
-"0.25M" = 150
-[runs]
-gpt2 = {}
-llama = { base = "gpt2" }
-"""
-
-
-@pytest.fixture
-def real(tmp_path, monkeypatch, sample):
-    """The first options of a study of real scripts, in a folder of its own."""
-    (tmp_path / "st.toml").write_text(REAL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return ["st.toml", "--data_dir", str(sample), "--seeds", "1"]
-
-
-@slow
-@needs_fork
-def test_real_runs_that_are_killed_end_as_those_of_the_commands(real, run):
-    _, said = run(study, *real, "--dry")
+def test_killed_again_and_again_it_ends_as_the_commands_by_hand(write, run):
+    write(steps=150)
+    _, said = run(study, "st.toml", "--dry")
     torch.set_num_threads(1)
     whole = {}
     for line in [line for line in said.splitlines() if line.startswith("python train_")]:  # to copy and paste
         words = shlex.split(line)
-        script = {"train_gpt2.py": train_gpt2, "train_llama.py": train_llama}[words[1]]
-        status, said = run(script, *words[2:])
+        status, said = run(train_gpt2, *words[2:])
         assert status == 0, said
         whole[words[-1]] = runs.read_run(Path("log") / words[-1]).val
-    assert len(whole) == 2
+    assert len(whole) == 4
     Path("log").rename("whole")
 
     def steps():
         return sum(runner.last_step(path) for path in Path("log").glob("st-*"))
 
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
         done = steps()
-        pid = fork(*real)
+        process = start("st.toml", "--jobs", "2")
         wait_for(lambda: steps() > done + 3)
-        end(pid, number)
-    assert_ends_well(fork(*real))
+        end(process, number)
+    assert_ends_well(start("st.toml", "--jobs", "2"))
     assert results() == whole
     told = Path("said.txt").read_text()
-    assert "python -m tools.study st.toml --data_dir" in told and "resumed   st-" in told
+    assert "python -m tools.study st.toml --jobs 2" in told and "resumed   st-" in told
 
 
 @slow
-@needs_fork
-def test_real_runs_of_two_processes_end_as_those_of_one(real):
-    real += ["--only", "gpt2", "--rates", "0.1"]  # at which rounding stays rounding
-    folder = Path("log/st-0.25M-gpt2-x0.1-1")
-    two = ["--nproc_per_node", "2", "--collect", "two"]
-    pid = fork(*real, *two)
+def test_runs_of_two_processes_end_as_those_of_one(write):
+    write(steps=150)
+    one = ["st.toml", "--seeds", "1", "--only", "one", "--rates", "0.1"]  # at which rounding stays rounding
+    folder = Path("log/st-0.25M-one-x0.1-1")
+    two = [*one, "--nproc_per_node", "2", "--collect", "two"]
+    process = start(*two)
     wait_for(lambda: runner.last_step(folder) > 3)
-    end(pid, signal.SIGTERM)
+    end(process, signal.SIGTERM)
     assert 3 < int(max(folder.glob("step_*.pt")).stem[5:]) < 150
-    assert_ends_well(fork(*real, *two))
+    assert_ends_well(start(*two))
     starts, _ = runs.read_log(folder / "log.jsonl")
     assert [start["processes"] for start in starts] == [2, 2]
     Path("log").rename("log-of-two")
-    assert_ends_well(fork(*real, "--collect", "one"))
+    assert_ends_well(start(*one, "--collect", "one"))
     assert results("two")[folder.name] == pytest.approx(results("one")[folder.name], rel=1e-4)
+
+
+@slow
+def test_nothing_goes_on_without_the_study(write):
+    write(steps=100_000)
+    folder = Path("log/st-0.25M-one-1")
+    process = start("st.toml")
+    wait_for(lambda: runner.last_step(folder) > 20)
+    end(process, signal.SIGKILL)
+    lock = filelock.FileLock(folder.resolve() / ".lock")
+    lock.acquire(timeout=60)  # once the run has ended
+    assert 20 < int(max(folder.glob("step_*.pt")).stem[5:]) < 50_000  # it saved when it did
 
 
 # ==========================================================================
@@ -553,7 +436,7 @@ def test_real_runs_of_two_processes_end_as_those_of_one(real):
     (("question", "qestion"), "qestion"),
     (('["0.25M"]', '["1M"]'), "1M"),
     (('base = "one"', 'base = "on"'), "two, on,"),
-    (('{ script = "fake" }', '{ script = "fake", base = "two" }'), "one, two"),
+    (('"gpt2", options = { n_layer = 1', '"gpt2", base = "two", options = { n_layer = 1'), "one, two"),
     (("[1, 2]", "[]"), "seeds"),
     (("[1, 2]", '[1, "x"]'), "seeds"),
     (("[1, 2]", "[1]\nrates = [0.0]"), "0.0"),
@@ -561,7 +444,7 @@ def test_real_runs_of_two_processes_end_as_those_of_one(real):
     (("two =", '"a b" ='), "'a b'"),
     (("[runs]", "[runs"), "st.toml"),
 ])  # fmt: skip
-def test_a_study_that_makes_no_sense_is_one_line(fake, run, change, word):
+def test_a_study_that_makes_no_sense_is_one_line(write, run, change, word):
     text = Path("st.toml").read_text()
     assert change[0] in text
     Path("st.toml").write_text(text.replace(*change))

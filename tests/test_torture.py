@@ -16,8 +16,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, text
+from helpers import SHORT, events, load
 from hub_server import HubServer
 
 import fineweb
@@ -28,15 +28,11 @@ SCRIPTS = ["train_gpt2", "train_deepseek"]
 if KILLS > 2:
     SCRIPTS += ["train_llama", "train_gemma", "train_mistral", "train_mta", "train_rwkv"]
 # a run of some seconds that saves often
-SHORT_RUN = [
-    "--tiny", "--block_size=32", "--batch_tokens=512", "--val_tokens=512", "--sample_tokens=4", "--n_layer=2",
-    "--warmup_steps=2", "--max_steps=24", "--eval_every=4", "--run_name=run", "--data_dir=data",
-]  # fmt: skip
+SHORT_RUN = [*SHORT, "--n_layer=2", "--max_steps=24", "--eval_every=4", "--run_name=run", "--data_dir=data"]
 WRITER = ["--tokenizer=bytes", "--shard_tokens=30000", "--workers=2", "--out=out"]
-NOTES = "a user's notes"  # a file in the folder that must stay as it is
 
-# runs the main() of a script, but kills all of its processes at os.replace() number N, with which each
-# write ends: before it is in the middle of the write
+# Runs the main() of a script, but kills all of its processes at os.replace() number N, with which each
+# write ends: before it is in the middle of the write. 0: never.
 KILLED_AT = """
 import importlib, os, signal, sys
 
@@ -57,110 +53,77 @@ if __name__ == "__main__":  # the writer's processes import this file, too
 """
 
 
-def start(words, home, environment):
-    """A program in a process group of its own, which a kill can name."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.Popen(command, cwd=home, env=environment, start_new_session=True, **quiet)
+class Torture:
+    """A program that is run in new folders, and what of the outcome must be the same."""
 
+    def __init__(self, tmp_path, name, options, prepare, outcome, again=None, environment=None):
+        self.tmp_path, self.name, self.options, self.again = tmp_path, name, options, again or options
+        self.prepare, self.outcome = prepare, outcome
+        self.environment = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
+        self.script = tmp_path / "killed_at.py"  # a file, since the workers import the main program
+        self.script.write_text(KILLED_AT)
+        self.homes = iter(range(1_000_000))
 
-def killed_at_random(words, home, environment):
-    """Whether the program was still running when it was killed."""
-    process = start(words, home, environment)
-    try:
-        process.communicate(timeout=random.uniform(0, 12))
-        return False
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return True
-
-
-def killed_at_write(number, moment, name, options, home, environment):
-    """Whether the program came as far as its write with this number."""
-    script = home.parent / "killed_at.py"  # a file, since the workers import the main program
-    script.write_text(KILLED_AT)
-    process = start([script, number, moment, name, *options], home, environment)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
-
-
-def finished(name, options, home, environment):
-    process = start([ROOT / f"{name}.py", *options], home, environment)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-
-
-def survives(name, options, again, outcome, make_home, environment=None):
-    """Kills at random, and at each of the first writes, change nothing of outcome(home) in the end.
-
-    again: the options with which a killed program is started once more.
-    """
-    environment = environment or {}
-    home = make_home()
-    finished(name, options, home, environment)
-    whole = outcome(home)
-
-    home = make_home()
-    n = 0
-    while n < KILLS:
-        words = again if n else options
-        n += killed_at_random([ROOT / f"{name}.py", *words], home, environment)
-        if not n:
-            home = make_home()  # it was through already
-    finished(name, again, home, environment)
-    assert outcome(home) == whole, "killed at random"
-
-    for number in range(1, KILLS + 2):
-        for moment in ("before", "after"):
-            home = make_home()
-            if killed_at_write(number, moment, name, options, home, environment):
-                finished(name, again, home, environment)
-                assert outcome(home) == whole, f"killed {moment} write {number}"
-
-
-@pytest.fixture
-def make_home(tmp_path):
-    """make_home(): a new, empty folder."""
-    numbers = iter(range(1_000_000))
-
-    def make_home():
-        home = tmp_path / f"{next(numbers)}/home"
+    def new_home(self):
+        home = self.tmp_path / f"{next(self.homes)}/home"
         home.mkdir(parents=True)
+        self.prepare(home)
         return home
 
-    return make_home
+    def start(self, home, options, number=0, moment="never", seconds=None):
+        """(exit status, what was said) of the program, which is killed at a write or after some seconds."""
+        command = [sys.executable, self.script, number, moment, self.name, *options]
+        options = {"cwd": home, "env": self.environment, "start_new_session": True, "text": True}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(list(map(str, command)), **options)
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+        return process.returncode, said
 
+    def finish(self, home, options):
+        """The outcome of the program, once it is left alone."""
+        status, said = self.start(home, options)
+        assert status == 0, said
+        return self.outcome(home)
 
-# ---- training
+    def run(self):
+        """Kills at random, and at each of the first writes, change nothing of the outcome in the end."""
+        whole = self.finish(self.new_home(), self.options)
+        home = self.new_home()
+        n = 0
+        while n < KILLS:
+            status, _ = self.start(home, self.again if n else self.options, seconds=random.uniform(0, 12))
+            n += status == -signal.SIGKILL
+            if not n:
+                home = self.new_home()  # it was through already
+        assert self.finish(home, self.again) == whole, "killed at random"
+        for number in range(1, KILLS + 2):
+            for moment in ("before", "after"):
+                home = self.new_home()
+                if self.start(home, self.options, number, moment)[0] == -signal.SIGKILL:
+                    assert self.finish(home, self.again) == whole, f"killed {moment} write {number}"
 
 
 def run_outcome(home):
     """The last event of each kind and step in a run's log, without times, and the last weights."""
-    events = {}
-    for line in (home / "log/run/log.jsonl").read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:  # half a line, or an empty one
-            continue
-        if event["event"] not in ("run", "sample"):
-            event.pop("ms", None)
-            events[event["event"], event["step"]] = event
-    newest = max((home / "log/run").glob("step_*.pt"))
-    weights = torch.load(newest, weights_only=True)["model"]
-    return newest.name, events, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+    found = {}
+    for kind in ("train", "val", "score"):
+        for event in events(home / "log/run", kind):
+            found[kind, event["step"]] = event | {"ms": 0}
+    weights = load(home / "log/run", 24)["model"]
+    return found, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_killed_run_ends_as_one_that_was_not(name, sample, make_home):
-    def home_with_data():
-        home = make_home()
+def test_a_killed_run_ends_as_one_that_was_not(name, sample, tmp_path):
+    def prepare(home):
         (home / "data").symlink_to(sample)
         (home / "log/run").mkdir(parents=True)  # --resume wants to see that somebody began
-        return home
 
-    survives(name, SHORT_RUN, [*SHORT_RUN, "--resume"], run_outcome, home_with_data)
+    Torture(tmp_path, name, SHORT_RUN, prepare, run_outcome, again=[*SHORT_RUN, "--resume"]).run()
 
 
 # ---- the writer and the downloads
@@ -172,44 +135,32 @@ def folder_outcome(home):
     return {str(path.relative_to(home)): path.read_bytes() for path in files}
 
 
-def texts(n, seed):
-    return [text(1 + 7 * i % 100, seed + i) for i in range(n)]
+def with_notes(home):
+    (home / "out").mkdir()
+    (home / "out/notes.txt").write_text("a user's notes")  # which must stay as they are
+
+
+def texts(seed):
+    return [text(1 + 7 * i % 100, seed + i) for i in range(300)]
 
 
 def parquet(path):
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts(300, 2000)}), path, row_group_size=50)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts(2000)}), path, row_group_size=50)
     return path
 
 
-@pytest.fixture
-def home_with_notes(make_home):
-    def home_with_notes():
-        home = make_home()
-        (home / "out").mkdir()
-        (home / "out/notes.txt").write_text(NOTES)
-        return home
-
-    return home_with_notes
-
-
-def test_a_killed_writer_writes_the_same_bytes(tmp_path, home_with_notes):
+def test_a_killed_writer_writes_the_same_bytes(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.txt", parquet(tmp_path / "c.parquet")]
-    paths[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(300, 0)))
-    paths[1].write_text("\n".join(texts(300, 1000)))
-    options = ["--files", *paths, *WRITER]
-    survives("fineweb", options, options, folder_outcome, home_with_notes)
-
-
-def test_a_killed_sample_is_the_same(home_with_notes):
-    options = ["--sample", "--out=out"]
-    survives("fineweb", options, options, folder_outcome, home_with_notes)
+    paths[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(0)))
+    paths[1].write_text("\n".join(texts(1000)))
+    Torture(tmp_path, "fineweb", ["--files", *paths, *WRITER], with_notes, folder_outcome).run()
 
 
 @pytest.mark.parametrize("options", [WRITER, ["--pretokenized", "--out=out"]])
-def test_a_killed_download_is_the_same(options, tmp_path, home_with_notes):
+def test_a_killed_download_is_the_same(options, tmp_path):
     content = parquet(tmp_path / "c.parquet").read_bytes()
     text_files = {f"sample/10BT/{i:03d}_00000.parquet": content for i in range(3)}
     shard = fineweb.shard_header(5000) + np.arange(5000, dtype=np.uint16).tobytes()
@@ -218,4 +169,4 @@ def test_a_killed_download_is_the_same(options, tmp_path, home_with_notes):
     repository, ready_made, _ = fineweb.DATASETS["fineweb"]
     with HubServer({repository: text_files, ready_made: shards}) as hub:
         environment = {**hub.env(), "RETRY_SECONDS": "0.01"}
-        survives("fineweb", options, options, folder_outcome, home_with_notes, environment)
+        Torture(tmp_path, "fineweb", options, with_notes, folder_outcome, environment=environment).run()

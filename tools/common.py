@@ -77,14 +77,3 @@ def short(number):
     if number < 1e6:
         return f"{number / 1e3:.3g}k"
     return f"{number / 1e6:.3g}M"
-
-
-def duration(seconds):
-    """A time in a few letters: 40s, 12m, 3.5h, 20d."""
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    if seconds < 3600:
-        return f"{seconds / 60:.0f}m"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f}h"
-    return f"{seconds / 86_400:,.0f}d"

@@ -8,12 +8,6 @@ Which model is better, by how much, and is it significant?
                                          # of these models alone
     python -m tools.compare log/mine-? --collect results/mine
                                          # keep finished runs in one file
-    python -m tools.compare log/gpt2-? --save_reference results/x.jsonl
-                                         # the band of these runs' losses
-    python -m tools.compare log/mine --against results/x.jsonl
-                                         # is my curve inside it?
-    python -m tools.compare --table scripts
-                                         # the size and cost of each script
 
 Reads each run's log.jsonl and its predictions, and collections, which
 tools.study makes: many runs in one runs.jsonl. Runs of the same script, to the
@@ -25,7 +19,5 @@ prescribes doesn't set it apart, but is in its row.
 
 Verdicts go by the final validation loss over seeds, in pairs of the same seed,
 and are corrected for the number of comparisons. The runs of a study are
-compared with their bases as well. With --against, the answer is for the curve
-as a whole: one more run like those of the reference is inside at all steps in
-at least 95% of cases.
+compared with their bases as well.
 """

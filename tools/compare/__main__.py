@@ -1,14 +1,13 @@
 """The command line of tools.compare: see its package's docstring."""
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 import fineweb
 from tools import compare
 from tools.common import parse
-from tools.compare import bands, report, runs as reading, tables
+from tools.compare import report, runs as reading
 from tools.compare.runs import Unreadable
 
 
@@ -20,9 +19,6 @@ class Args:
     shorter: tuple[Path, ...] = ()  # runs of the same models with fewer tokens, for losses at equal cost
     timed: tuple[Path, ...] = ()  # runs of the same models whose times count there
     collect: Path | None = None  # add the finished runs to this collection instead
-    save_reference: Path | None = None  # write the band of the runs' losses to this file instead
-    against: Path | None = None  # compare with the band in this file instead
-    table: Literal["scripts"] | None = None  # print each training script's size and cost instead
 
 
 def only(runs, names):
@@ -58,9 +54,6 @@ def collect(path, runs):
 
 def main():
     args = parse(Args, "tools.compare", compare.__doc__)
-    if args.table:
-        print(tables.scripts_table(), end="")
-        return
     runs, left_out = reading.read_all(args.runs)
     if not runs:
         why_none = "; ".join(f"{where}: {why}" for where, why in left_out) or "none was given"
@@ -69,13 +62,8 @@ def main():
         print(f"left out: {where}: {why}")
     if args.only:
         runs = only(runs, args.only)
-    if args.against:
-        outside = bands.against(args.against, runs)
-        raise SystemExit(1 if outside or left_out else 0)
     if args.collect:
         collect(args.collect, runs)
-    elif args.save_reference:
-        bands.save_reference(args.save_reference, reading.group_runs(reading.without_repeats(runs)[0]))
     else:
         shorter, unread = reading.read_all(args.shorter)
         timed, more = reading.read_all(args.timed)

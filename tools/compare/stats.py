@@ -1,5 +1,5 @@
 """
-The statistics: t intervals over seeds, tests of differences, Holm's correction, bands and power laws.
+The statistics: t intervals over seeds, tests of differences, Holm's correction and power laws.
 
 Losses are compared over the seeds that both have, in pairs, where these are two or more: runs with the same
 seed see the same batches in the same order. Else it is Welch's t test. Accuracies vary with the items too.
@@ -146,19 +146,6 @@ def holm(p_values):
         worst = max(worst, min(1.0, (len(tested) - rank) * p_values[i]))
         corrected[i] = worst
     return corrected
-
-
-def band_half(spread, n, steps):
-    """Half of the band's width at a step, for one more run beside n whose losses have a standard deviation.
-
-    The band holds for all steps together: a fresh run like those of the reference is inside at every one
-    in at least 95% of cases. It is Student's t interval for one more run, at a level of 5% divided by the
-    number of steps (Bonferroni), which holds however the steps hang together. The price of few seeds is the
-    width: for 20 steps 23 standard deviations to each side with 3 seeds, 7.4 with 5 and 4.9 with 8.
-    """
-    from scipy.special import stdtrit
-
-    return float(stdtrit(n - 1, 1 - LEVEL / 2 / steps)) * spread * math.sqrt(1 + 1 / n)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,8 @@
 """The tables of a report, as Markdown."""
-import importlib
 import math
 import statistics
-import subprocess
 
-import torch
-
-from tools.common import ROOT, table
+from tools.common import table
 from tools.compare import comparison, stats
 from tools.compare.comparison import by_paper, rank
 
@@ -231,22 +227,3 @@ def laws_table(curves):
     head = ["loss = a x^-b", "b, parameters", "b, training FLOPs", "largest residual, %"]
     head += [f"extrapolated to {TARGET:,} parameters", "by seeds", "by residuals"]
     return table(head, [row for _, row in sorted(rows)]) if rows else ""
-
-
-def scripts_table():
-    """Each training script's size, cost and distance from train_gpt2.py, at full size, as Markdown."""
-    original = ROOT / "train_gpt2.py"
-    rows = []
-    for path in sorted(ROOT.glob("train_*.py"), key=lambda path: (path != original, path.name)):
-        script = importlib.import_module(path.stem)
-        with torch.device("meta"):  # shapes without memory
-            model = script.Model(script.Config())
-        parameters = sum(p.numel() for p in model.parameters())
-        active, flops = model.active_parameters(), model.flops_per_token()
-        diff = subprocess.run(["diff", original, path], capture_output=True, text=True).stdout
-        n_lines = sum(line.startswith(("<", ">")) for line in diff.splitlines())
-        row = [f"[`{path.name}`]({path.name})", f"{parameters:,}", f"{active / 1e6:.1f} M"]
-        row += [f"{flops / 1e6:.0f} M", str(n_lines)]
-        rows.append(row)
-    head = ["script", "parameters", "active", "FLOPs per token, forward", "lines unlike train_gpt2.py"]
-    return table(head, rows)

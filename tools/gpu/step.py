@@ -2,7 +2,6 @@
 A training script's own step, made and taken as in its main(): the fake GPU
 counts it, a real machine is timed with it.
 """
-import importlib.util
 import os
 import statistics
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fineweb import fail
+from tools.common import load_script
 
 WARM_UP = 2  # steps before the timed ones: the first compiles, the second has AdamW's moments
 
@@ -22,10 +22,9 @@ def load(path):
     if not path.is_file():
         fail(f"there is no script {path}")
     sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_in_{path.parent.name}", path)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script  # a dataclass looks its module up
-    spec.loader.exec_module(script)
+    script, why = load_script(path.stem, path.parent)
+    if script is None:
+        fail(f"{path.name} {why}")
     for name in ("Config", "Model", "start", "train_step", "find_micro_batch"):
         if not hasattr(script, name):
             fail(f"{path.name} has no {name}: its shape must be that of train_gpt2.py")

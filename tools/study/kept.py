@@ -11,13 +11,11 @@ import fineweb
 from fineweb import fail
 from tools.compare import runs
 
-# what may differ between two starts of one run
-FREE = (*runs.VARYING_FIELDS, "tiny", "resume", "eval", "sample")
-
 
 def differing(asked, logged):
     """The names of the options in which a run's config is not what a job's asks for."""
-    return [name for name, value in vars(asked).items() if name not in FREE and logged.get(name) != value]
+    fixed = {name: value for name, value in vars(asked).items() if name not in runs.VARYING_FIELDS}
+    return [name for name, value in fixed.items() if logged.get(name) != value]
 
 
 def why_other(job, facts, fingerprint, where):

@@ -247,7 +247,6 @@ class Args:
     names: tyro.conf.Positional[tuple[str, ...]] = ()  # variants of one base; with --save: the edited script
     list: bool = False  # name all variants
     save: str = ""  # make a patch of this name of an edited script
-    base: str = ""  # what it was edited from, as gpt2; empty: as the patch's name begins
     what: str = ""  # what the variant is, in a sentence
     question: str = ""  # what it is to answer
     paper: str = ""  # where it is from, or that it is an idea of your own
@@ -271,7 +270,7 @@ def write_script(names, force):
 
 def save(name, path, args):
     """Makes a patch of an edited copy of a script."""
-    base = f"train_{args.base or name.partition('-')[0]}.py"
+    base = f"train_{name.partition('-')[0]}.py"
     if not re.fullmatch(re.escape(short_name(base)) + r"(-[a-z0-9]+)+", name) or not (ROOT / base).is_file():
         fail(f"--save {name}: call it as the script that it changes, and a name, as gpt2-mine")
     edited = read_script(path)
