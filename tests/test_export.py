@@ -11,6 +11,7 @@ import shutil
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -289,6 +290,34 @@ def test_nanogpts_checkpoint(bias, tmp_path, call):
     assert "less.pt lacks blocks.1.mlp.up.weight" in call("--from", "less.pt", "--out", "log/less")[1]
 
 
+@pytest.mark.parametrize("version", [3, 5])
+def test_llmcs_checkpoint(version, tmp_path, call):
+    """Written as llm.c's train_gpt2.py does it: float32 is version 3, bfloat16 version 5."""
+    _, model = make_model("gpt2", vocab_size=50_304)
+    config = model.config
+    model = model.bfloat16().float() if version == 5 else model
+    ours = model.state_dict()
+    order = ["wte.weight", "wpe.weight"]
+    for part in (
+        "norm1.weight", "norm1.bias", "attention.{}.weight", "attention.{}.bias", "attention.proj.weight",
+        "attention.proj.bias", "norm2.weight", "norm2.bias", "mlp.up.weight", "mlp.up.bias",
+        "mlp.proj.weight", "mlp.proj.bias",
+    ):  # fmt: skip
+        for layer in range(config.n_layer):
+            order += [f"blocks.{layer}.{part.format(letter)}" for letter in ("qkv" if "{}" in part else "-")]
+    order += ["norm.weight", "norm.bias"]
+    numbers = torch.cat([ours[name].flatten() for name in order])
+    content = numbers.numpy() if version == 3 else numbers.bfloat16().view(torch.int16).numpy()
+    header = np.zeros(256, dtype=np.int32)
+    header[:8] = 20240326, version, 64, 50_257, config.n_layer, config.n_head, config.n_embd, 50_304
+    Path("gpt2.bin").write_bytes(header.tobytes() + content.tobytes())
+    call("--from", "gpt2.bin", "--out", "log/llmc")
+    state = imported("log/llmc")["model"]
+    assert all(torch.equal(state[key], tensor) for key, tensor in ours.items())
+    Path("half.bin").write_bytes(Path("gpt2.bin").read_bytes()[:99_999])
+    assert "half.bin holds" in call("--from", "half.bin", "--out", "log/half")[1]
+
+
 def write_gpt2_data():
     """Made up, but of GPT-2's size: tokens in data/fineweb10B and a vocabulary in data/gpt2."""
     folder = Path("data/fineweb10B")
@@ -380,7 +409,8 @@ def test_mistakes_are_one_line(tmp_path, call, capsys):
         ("--from", "full", "--out", "log/in"): "full has no config.json",
         ("--from", "lora", "--out", "log/in"): "lora is a LoRA adapter: merge it",
         ("--from", "run", "--out", "log/in"): "--init_from run/step_00000007.pt",
-        ("--from", "model.bin", "--out", "log/in"): "export_hf.py",
+        ("--from", "file", "--out", "log/in"): "file is no GPT-2 of llm.c",
+        ("--from", "model.bin", "--out", "log/in"): "model.bin is no GPT-2 of llm.c",
         ("--from", "ckpt.pt", "--out", "log/in"): "ckpt.pt is no checkpoint of nanoGPT",
         ("--from", "full", "--out", "file"): "--out log/NAME",
         ("--from", "full", "--out", "log"): "--out log/NAME",

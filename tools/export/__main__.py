@@ -10,7 +10,7 @@ GPT-2, LLaMA, Mistral, Gemma and DeepSeek become transformers' own classes, whic
 llama.cpp's converter and CTranslate2 read as well, where they know the class;
 RWKV-7 becomes the .pth of the package rwkv, MTA a file with our names.
 --from takes GPT-2, LLaMA, Mistral and Gemma of transformers, by folder or name,
-and GPT-2 of nanoGPT (ckpt.pt), with GPT-2's vocabulary.
+and GPT-2 of nanoGPT (ckpt.pt) and llm.c (.bin), with GPT-2's vocabulary.
 """
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import fineweb
@@ -64,7 +65,7 @@ def check_tokenizer(source):
 
 
 def read_transformers(source):
-    """(name of the architecture, Config of its shape, state dict), as the reader below."""
+    """(name of the architecture, Config of its shape, state dict), as the two readers below."""
     if Path(source).is_dir():
         check_folder(Path(source))
     theirs = load_theirs(source)
@@ -102,8 +103,7 @@ def read_nanogpt(path):
         model = train_gpt2.Model(config)
         missing = model.load_state_dict(ours, strict=False).missing_keys
     except Exception as error:  # a file can hold anything
-        fail(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {str(error)[:80]}); of a .bin of "
-             "llm.c its dev/eval/export_hf.py makes a model of transformers")  # fmt: skip
+        fail(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {str(error)[:80]})")
     missing = [name for name in missing if not name.endswith("bias")]  # without biases, ours stay 0
     if missing:
         fail(f"{path} lacks {missing[0]} and so on: it is not a whole checkpoint of nanoGPT")
@@ -111,15 +111,42 @@ def read_nanogpt(path):
     return "gpt2", config, model.state_dict()
 
 
+def read_llmc(path):
+    """llm.c's .bin of a GPT-2: 256 int32, then each tensor, of all layers before the next (train_gpt2.py)."""
+    header = np.fromfile(path, dtype=np.int32, count=256)
+    types = {3: "float32", 5: "uint16"}  # bfloat16, which numpy hasn't
+    if len(header) < 256 or header[0] != 20240326 or header[1] not in types:
+        fail(f"{path} is no GPT-2 of llm.c, version 3 or 5: of a model of transformers give the folder")
+    shape = zip(("block_size", "_", "n_layer", "n_head", "n_embd", "vocab_size"), header[2:8].tolist())
+    config = train_gpt2.Config(**{name: value for name, value in shape if name != "_"})  # _: without padding
+    numbers = torch.from_numpy(np.fromfile(path, dtype=types[header[1]], offset=1024))
+    if header[1] == 5:
+        numbers = numbers.view(torch.bfloat16).float()
+    names = ["wte.weight", "wpe.weight"]
+    for parts in weights.block_names("gpt2", config, 0).values():
+        for layer in range(config.n_layer):
+            names += [f"blocks.{layer}.{part}" for part in parts]
+    names += ["norm.weight", "norm.bias"]
+    ours = train_gpt2.Model(config).state_dict()
+    sizes = [ours[name].numel() for name in names]
+    if len(numbers) != sum(sizes):
+        fail(f"{path} holds {len(numbers):,} numbers, its header promises {sum(sizes):,}: get it again")
+    for name, part in zip(names, numbers.split(sizes)):
+        ours[name] = part.view_as(ours[name])
+    return "gpt2", config, ours
+
+
 def import_weights(source, out):
-    """Writes a run of step 0 from a model of transformers or nanoGPT with GPT-2's vocabulary."""
+    """Writes a run of step 0 from a model of transformers, nanoGPT or llm.c with GPT-2's vocabulary."""
     if out.absolute().parent.resolve() != Path("log").resolve() or out.name == "..":
         fail(f"--out {out}: the scripts look for runs in log/, so make it --out log/NAME")
     check_out(out)
     if not Path(source).is_file():
         name, config, state_dict = read_transformers(source)
-    else:
+    elif source.endswith(".pt"):
         name, config, state_dict = read_nanogpt(source)
+    else:
+        name, config, state_dict = read_llmc(source)
     if not VOCAB_SIZE <= config.vocab_size <= 50_304:  # padded to a multiple of 128
         fail(f"{source} has a vocabulary of {config.vocab_size:,}, which is not GPT-2's")
     config.run_name = out.name
