@@ -68,13 +68,13 @@ OLDER = {  # what transformers 4, llama.cpp's converter and CTranslate2 read in 
 }
 
 
-def test_one_checkpoint_of_a_run(tmp_path, monkeypatch):
+def test_one_checkpoint_of_a_run(tmp_path, call):
     trained("llama", tmp_path / "log", step=9)
     (tmp_path / "log/step_00000009.pt").rename(tmp_path / "log/best.pt")
     trained("llama", tmp_path / "other", step=12)
     (tmp_path / "other/step_00000012.pt").rename(tmp_path / "log/step_00000012.pt")
     for step, source in ((9, "log/best.pt"), (12, "log")):
-        call(monkeypatch, tmp_path / source, "--out", tmp_path / f"hf-{step}")
+        call(tmp_path / source, "--out", tmp_path / f"hf-{step}")
         assert f"- steps: {step} of" in (tmp_path / f"hf-{step}/README.md").read_text()
 
 

@@ -190,7 +190,7 @@ def test_a_script_on_a_gpu_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("arguments, fact", [
     (["fake", "train_none.py"], "train_none.py"),
     (["bench", ROOT / "train_gpt2.py", "--steps", "0"], "--steps 0"),
-    (["fake", ROOT / "train_gpt2.py", "--rows", "-1"], "--rows -1"),
+    (["fake", ROOT / "train_gpt2.py", "--price", "nan"], "--price nan"),
     (["table", ROOT / "tests"], "tests"),
 ])  # fmt: skip
 def test_what_can_not_be_is_one_line(run, arguments, fact):

@@ -41,7 +41,7 @@ def read_run(folder):
     Raises SystemExit if it has none.
     """
     paths = sorted(folder.glob(CHECKPOINTS), reverse=True)
-    if folder.suffix == ".pt":
+    if folder.is_file():
         paths = [folder]
         folder = folder.parent
     copies = sorted(folder.glob("train_*.py"))

@@ -2,6 +2,7 @@
 What will a script do on a GPU, and what does it do on this machine?
 
     python -m tools.gpu fake train_gpt2.py --gpu a100    # without a GPU
+    python -m tools.gpu fake train_mta.py --compare train_gpt2.py --price 2.5
     python -m tools.gpu check --out report/gpu           # on a real one: all
     python -m tools.gpu bench train_gpt2.py train_llama.py    # steps, in turn
     python -m tools.gpu table report/gpu
@@ -34,6 +35,8 @@ class Fake:
     script: Positional[str]  # a training script
     gpu: Literal["a100", "h100", "h200"] = "a100"  # which one: 80, 80 and 141 GB
     rows: int = 0  # rows of a micro-batch; 0: as many as the script chooses
+    compare: str = ""  # another script, for a row beside
+    price: float = 0.0  # USD an hour of one GPU
     out: Path | None = None  # a folder for NAME-GPU.json, with all figures
 
 
@@ -72,12 +75,16 @@ def all_scripts():
 def fake(args):
     from tools.gpu.fake import trace
 
-    record = trace(args.script, args.gpu, args.rows)
-    if args.out:
-        report.write(report.path_of(args.out, args.script, args.gpu), record)
-    print(report.summary([record]))
-    print("\n".join([*report.details(record), report.ASSUMED]))
-    if "error" in record or record["unfit"]:
+    records = []
+    for script in filter(None, (args.script, args.compare)):
+        records.append(trace(script, args.gpu, args.rows))
+        if args.out:
+            report.write(report.path_of(args.out, script, args.gpu), records[-1])
+    print(report.summary(records, args.price))
+    for record in records:
+        print("\n".join(report.details(record)))
+    print(report.ASSUMED)
+    if any("error" in record or record["unfit"] for record in records):
         raise SystemExit(1)
 
 
@@ -110,8 +117,8 @@ def main():
         least = 1 if name == "steps" else 0
         if type(value) in (int, float) and not least <= value < float("inf"):
             fail(f"--{name} {value}: must be at least {least}, and finite")
-        for path in [value] if name == "script" else value if name == "scripts" else []:
-            if not Path(path).is_file():
+        for path in [value] if name in ("script", "compare") else value if name == "scripts" else []:
+            if path and not Path(path).is_file():
                 fail(f"there is no script {path}")
     if isinstance(args, Fake):
         fake(args)

@@ -180,8 +180,8 @@ def hours(rate):
     return f"{10e9 / rate / 3600:,.1f} h, {10e9 / rate / 3600 / 8:,.1f} h"
 
 
-def summary(records):
-    """A row for each record, with what a real GPU measured where one did."""
+def summary(records, price=0.0):
+    """A row for each record, with what a real GPU measured where one did. price: USD an hour and GPU."""
     rows = []
     for record in records:
         measured = record.get("measured", {})
@@ -201,10 +201,13 @@ def summary(records):
             rate = statistics.median(measured["rates"])
             peak = "" if measured["peak"] is None else f", {measured['peak'] / 1e9:.1f} GB"
             cells[-1] = f"{rate / 1000:,.0f}k{peak}, losses {measured['curve']}"
-        rows.append([*cells, hours(rate) if rate else "–"])
+        cells.append(hours(rate) if rate else "–")
+        if price:
+            cells.append(f"{10e9 / rate / 3600 * price:,.0f} USD" if rate else "–")
+        rows.append(cells)
     head = ["", "GPU", "rows", "peak", "MB/token", "GFLOP/token", "launches", "kernels that spill",
             "tokens/s, estimated", "measured", "10B tokens on 1, 8"]  # fmt: skip
-    return table(head, rows)
+    return table([*head, "cost"] if price else head, rows)
 
 
 def parts(per_token, scale):
