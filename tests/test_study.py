@@ -19,7 +19,7 @@ import fineweb
 import train_gpt2
 from tools.compare import runs
 from tools.study import __main__ as study
-from tools.study import files, jobs, runner, vary
+from tools.study import files, jobs, kept, runner, vary
 
 slow = pytest.mark.slow
 
