@@ -3,10 +3,7 @@ FineWeb as token shards: the writer (run this file) and the loader (the
 training scripts import it).
 
     python fineweb.py                        # FineWeb sample-10BT
-    python fineweb.py --shards 10            # a small start; more to continue
     python fineweb.py --pretokenized         # the same tokens, ready-made
-    python fineweb.py --dataset fineweb-edu  # the educational subset
-    python fineweb.py --sample               # 1 MB of English, no network
     python fineweb.py --verify --out DIR     # check every shard
     python fineweb.py --files a.jsonl b.txt c.parquet --out data/mine
 
@@ -25,6 +22,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import itertools
 import json
 import mmap
@@ -52,8 +50,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-# torch, pyarrow, huggingface_hub, tyro and tqdm are imported where they are used: a tokenizer process
-# needs none of them, and torch alone would cost each 200 MB.
+# torch, pyarrow and others are imported where they are used: torch alone would cost each worker 200 MB
 
 MAGIC = [20240520, 1]  # and the version of the format
 HEADER_BYTES = 1024
@@ -64,7 +61,9 @@ DATASETS = {  # name: (repository of the text on the hub, of ready-made shards, 
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "kjj0/finewebedu10B-gpt2", "data/fineweb-edu10B"),
 }
 SAMPLE = "data/sample"
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # of a text, in others' tokenizers
 DOWNLOADS = ".fineweb.download"  # below a dataset's folder; whatever is in it is ours
+N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # we may use
 NO_ANSWER = 60  # seconds to wait for a library that would wait for ever
 
 
@@ -74,9 +73,7 @@ NO_ANSWER = 60  # seconds to wait for a library that would wait for ever
 
 def shard_header(n_tokens):
     """The first 1,024 bytes of a shard."""
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = *MAGIC, n_tokens
-    return header.tobytes()
+    return np.array([*MAGIC, n_tokens] + 253 * [0], dtype=np.int32).tobytes()
 
 
 def shard_tokens(path):
@@ -132,15 +129,19 @@ def write_manifest(folder, manifest):
 
 def open_manifest(folder, tokenizer, **wanted):
     """The folder's manifest, or a new one. Raises SystemExit if shards are there that are not as wanted."""
-    wanted |= {"tokenizer": tokenizer, "vocab_size": n_vocab(tokenizer)}
+    own = get_tokenizer(tokenizer) if tokenizer.endswith(".json") else None
+    wanted |= {"tokenizer": own.name if own else tokenizer, "vocab_size": n_vocab(tokenizer)}
     manifest = read_manifest(folder) or {}
     if not manifest.get("shards") and not list(folder.glob("*.bin")):
-        return {**wanted, "complete": False, "shards": []}
+        manifest = {**wanted, "complete": False, "shards": []}
     for key, value in wanted.items():
         if manifest.get(key) != value:
             fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: "
                  "choose another folder, or move that one away")
     manifest.setdefault("complete", False)
+    if own:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / own.name, lambda f: f.write(own.content))
     return manifest
 
 
@@ -175,32 +176,34 @@ def verify(folder):
 def read_documents(path, first_row=0):
     """Yields (row, documents, new): a MB of consecutive documents of a .parquet, .jsonl or .txt file.
 
-    row: the number of the first of them in the file; those before first_row are left out.
-    documents: a list of str. new: False if the text continues the one before, as in a .txt file, which
-    is read in pieces of 1 MB. Raises SystemExit for a file that is not what it should be.
+    row: the number of the first of them in the file, from first_row on. documents: a list of str. new:
+    False if the text continues the one before, as in a .txt file, which is read in pieces of 1 MB. Raises
+    SystemExit for a file that is not what it should be.
     """
-    is_txt = ".txt" in path.suffixes
-    reader = read_parquet if path.suffix == ".parquet" else read_txt if is_txt else read_jsonl
+    import fsspec
+
+    kind = TEXT_FILE.search(path.name)[1]
     documents = []
     size = 0
     try:
-        for number, text in enumerate(itertools.chain(reader(path), [None])):
-            if text is not None and number >= first_row:
-                documents.append(text)
-                size += len(text)
-            if documents and (text is None or size >= 1 << 20):
-                row = number + (text is not None) - len(documents)
-                yield row, documents, row == 0 or not is_txt
-                documents = []
-                size = 0
+        with fsspec.open(str(path.absolute()), compression="infer") as f:
+            for number, text in enumerate(itertools.chain(READERS[kind](f), [None])):
+                if text is not None and number >= first_row:
+                    documents.append(text)
+                    size += len(text)
+                if documents and (text is None or size >= 1 << 20):
+                    row = number + (text is not None) - len(documents)
+                    yield row, documents, row == 0 or kind != "txt"
+                    documents = []
+                    size = 0
     except Exception as error:  # a damaged file can raise anything
         fail(f"{path} can't be read ({' '.join(str(error).split())}): correct it, or leave it out")
 
 
-def read_parquet(path):
+def read_parquet(f):
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
+    with pyarrow.parquet.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20) as parquet:
         for batch in parquet.iter_batches(64, columns=["text"]):
             for text in batch.column("text").to_pylist():
                 if not isinstance(text, str | None):
@@ -208,49 +211,92 @@ def read_parquet(path):
                 yield text or ""
 
 
-def read_jsonl(path):
-    import fsspec
-
-    with fsspec.open(str(path.absolute()), compression="infer") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    text = json.loads(line.decode("utf-8-sig"))["text"] or ""
-                    text.encode()  # not every string of JSON is text: "\ud800" is half a character
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    fail(f'{path}, line {number} is not {{"text": "…"}}: correct it or leave it out')
-                yield text
+def read_jsonl(f):
+    for number, line in enumerate(f, 1):
+        if line.strip():
+            try:
+                text = json.loads(line.decode("utf-8-sig"))["text"] or ""
+                text.encode()  # not every string of JSON is text: "\ud800" is half a character
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ValueError(f'line {number} is not {{"text": "…"}}')
+            yield text
 
 
-def read_txt(path):
-    import fsspec
+def read_txt(f):
+    f = io.TextIOWrapper(f, "utf-8-sig")
+    while lines := f.readlines(1 << 20):
+        yield "".join(lines)
 
-    with fsspec.open(str(path.absolute()), "rt", encoding="utf-8-sig", compression="infer") as f:
-        while lines := f.readlines(1 << 20):
-            yield "".join(lines)
+
+READERS = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
+TEXT_FILE = re.compile(r"\.(parquet|jsonl|txt)(\.gz|\.zst)?$")
 
 
 # ==========================================================================
-# Tokenizers
+# Tokenizers, and tokenising in order on all cores
 
 
 def n_vocab(name):
-    """The number of ids of a tokenizer, the last of which is <|endoftext|>. SystemExit if it is unknown."""
+    """The number of ids of a tokenizer by name, or of the tokenizer.json at a path. SystemExit if unknown."""
+    if name.endswith(".json"):
+        return get_tokenizer(name).n_vocab
     if re.fullmatch("gpt2(-[0-9]{3,5})?|bytes", name):
         n = {"gpt2": 50257, "bytes": 257}.get(name) or int(name[5:])
         if 257 <= n <= 50257:
             return n
-    fail(f"unknown tokenizer {name!r}: choose gpt2, bytes, or gpt2-N with N from 257 to 50,257")
+    fail(f"unknown tokenizer {name!r}: choose gpt2, bytes, gpt2-N with N from 257 to 50,257, or a .json file")
+
+
+class OwnTokenizer:
+    """A Hugging Face tokenizer.json, by what a tiktoken.Encoding has. SystemExit if it can't be used."""
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer
+
+            self.content = Path(path).read_bytes()
+            self.inner = Tokenizer.from_buffer(self.content)
+        except ImportError:
+            fail(f"{path} needs the package tokenizers: pip install tokenizers")
+        except Exception as error:  # the package raises no other
+            fail(f"{path} is not a tokenizer.json of Hugging Face ({error}): give another --tokenizer")
+        self.inner.no_truncation()  # what the file says of these is for other uses
+        self.inner.no_padding()
+        self.inner.encode_special_tokens = True  # whose letters in a text are letters, as in tiktoken
+        self.name = f"tokenizer-{hashlib.sha256(self.content).hexdigest()[:16]}.json"  # and its copy's
+        ids = self.inner.get_vocab()
+        self.n_vocab = max(ids.values(), default=0) + 1
+        self.end = next((token for token in ENDS if token in ids), None)
+        if self.end is None or self.n_vocab > 1 << 16:
+            fail(f"{path} has {self.n_vocab:,} ids and {self.end or 'nothing'} to end a text: at most 65,536 "
+                 f"fit into shards, and it needs one of {' '.join(ENDS)}")
+        self.eot_token = ids[self.end]
+
+    def encode_ordinary(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text, **_):
+        return np.array(self.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, tokens):
+        # after another token, since many decoders take a space before the first away
+        text = self.inner.decode([self.eot_token, *tokens], skip_special_tokens=False)
+        return text.removeprefix(self.end)
 
 
 @functools.cache
 def get_tokenizer(name, folder=None):
-    """The tiktoken.Encoding called name, in which <|endoftext|> is the last id.
+    """The tiktoken.Encoding called name, in which <|endoftext|> is the last id, or the OwnTokenizer.
 
     "gpt2"; "gpt2-4096", or another number: GPT-2's first merges, so many ids in all; "bytes": the 256
-    values and no merges. folder: the dataset's, which these don't need. GPT-2's vocabulary is read from
-    data/gpt2 if it is there, else from tiktoken's cache, else downloaded. SystemExit if that fails.
+    values and no merges; a .json file, in a dataset's folder if that is given. GPT-2's vocabulary is read
+    from data/gpt2 if it is there, else from tiktoken's cache, else downloaded. SystemExit if that fails.
     """
+    if name.endswith(".json"):
+        own = OwnTokenizer(Path(folder or "") / name)
+        if folder and own.name != name:
+            fail(f"{folder}/{name} has changed since the shards were made: put the old one back")
+        return own
     n_ranks = n_vocab(name) - 1
     special = {"<|endoftext|>": n_ranks}
     if name == "bytes":
@@ -265,9 +311,8 @@ def get_tokenizer(name, folder=None):
         ranks = {token: rank for token, rank in ranks.items() if rank < n_ranks}
         return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
     except Exception as error:  # of the network, a proxy or a file: the way out is the same
-        fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): connect to the network "
-             "once, set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or put vocab.bpe and "
-             "encoder.json into data/gpt2/")
+        fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): go online once, set "
+             "TIKTOKEN_CACHE_DIR to a filled cache, or put vocab.bpe and encoder.json into data/gpt2/")
 
 
 def try_tokenizer(name, folder=None):
@@ -277,10 +322,6 @@ def try_tokenizer(name, folder=None):
     except SystemExit as reason:
         say(f"no samples and no HellaSwag: {reason}")
         return None
-
-
-# ==========================================================================
-# Tokenising in order, on all cores
 
 
 def start_worker():
@@ -297,52 +338,43 @@ def split(text):
     return re.split(r"(\s{50000}(?=\s))", text) if len(text) > 50_000 else [text]
 
 
-def tokenize(documents, new, tokenizer):
-    """(all tokens, uint16; the number of tokens of each document) of what read_documents() yields.
+def tokenize(documents, new, tokenizer, folder=None):
+    """The tokens of each document, uint16, of what read_documents() yields.
 
     Each document is preceded by <|endoftext|>, unless new is False; where a text has that, a new one begins.
     """
-    encoding = get_tokenizer(tokenizer)
-    parts = []
+    encoding = get_tokenizer(tokenizer, folder)
+    tokens = []
     for text in documents:
-        pieces = [[encoding.eot_token] if new else []]
+        pieces = []
         for number, document in enumerate(text.split("<|endoftext|>")):  # others' separators are ours
-            if number > 0 and document.strip():
-                pieces.append([encoding.eot_token])
             if number == 0 or document.strip():
+                pieces.append([encoding.eot_token] if new or number > 0 else [])
                 pieces += [encoding.encode_to_numpy(part, disallowed_special=()) for part in split(document)]
-        parts.append(np.concatenate(pieces).astype(np.uint16))
-    return np.concatenate(parts), np.array([len(part) for part in parts])
+        tokens.append(np.concatenate(pieces).astype(np.uint16))
+    return tokens
 
 
-def tokenized(source, tokenizer, workers, first_file, first_row):
-    """Yields (file, row, tokens, counts) in the order of the source, from one document on.
+def tokenized(source, encode, workers, first_file, first_row):
+    """Yields (file, row, the tokens of that and the next documents) in the source's order, from one on.
 
     source: for each file a function of a row, which yields what read_documents() does from there on.
-    The result is the same for any number of workers; 0 tokenises in this process.
+    encode(documents, new): as tokenize(). The result is the same for any number of workers, 0 has none.
     """
-
-    def batches():
+    # spawn, not fork, whose children inherit locks that other threads hold, and can hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, start_worker) if workers else ThreadPoolExecutor(1)
+    queue = []
+    with pool:
         for i in range(first_file, len(source)):
             for row, documents, new in source[i](first_row if i == first_file else 0):
-                yield i, row, (documents, new, tokenizer)
-
-    if workers == 0:
-        for i, row, batch in batches():
-            yield i, row, *tokenize(*batch)
-        return
-    # spawn, not fork: a forked child inherits locks that other threads may hold at that moment, and
-    # can hang. And it is the only way under Windows.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        queue = []
-        for i, row, batch in batches():
-            queue.append((i, row, pool.submit(tokenize, *batch)))
-            # enough waiting that no worker is idle, few enough to bound the memory
-            if len(queue) > 4 * workers:
-                i, row, future = queue.pop(0)
-                yield i, row, *future.result()
-        for i, row, future in queue:
-            yield i, row, *future.result()
+                queue.append((i, row, pool.submit(encode, documents, new)))
+                # enough waiting that no worker is idle, few enough to bound the memory
+                if len(queue) > 4 * workers:
+                    file, first, future = queue.pop(0)
+                    yield file, first, future.result()
+        for file, first, future in queue:
+            yield file, first, future.result()
 
 
 # ==========================================================================
@@ -355,7 +387,7 @@ def start_folder(folder, manifest, total):
 
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():  # what a killed write_atomic() leaves
-        if re.fullmatch(r"(manifest\.json|fineweb_(val|train)_\d{6}\.bin)\.\d+\.tmp", path.name):
+        if re.fullmatch(r"(manifest|tokenizer-\w{16}|fineweb_\w+_\d{6})\.(json|bin)\.\d+\.tmp", path.name):
             path.unlink()
     done = sum(shard["tokens"] for shard in manifest["shards"] if is_whole(folder, shard))
     need = 2 * (total - done)
@@ -365,16 +397,11 @@ def start_folder(folder, manifest, total):
              "choose another --out, or start small with --shards N")
     if not manifest["shards"]:  # it comes first: what stands in it is known to be ours
         write_manifest(folder, manifest)
-    bar = tqdm(desc=folder.name, total=total, initial=done, unit=" tokens", unit_scale=True)
-    bar.mininterval = 1 if sys.stderr.isatty() else 30  # seconds: a log file needs fewer updates
-    return bar
+    return tqdm(desc=folder.name, total=total, initial=done, unit=" tokens", unit_scale=True, mininterval=5)
 
 
 def write_shards(folder, manifest, source, last_shard, total, workers):
-    """Writes the shards that are missing, up to number last_shard (None: all).
-
-    source: as tokenized() takes it. total: an estimate of its tokens.
-    """
+    """Writes the missing shards of tokenized()'s source, of about total tokens, up to last_shard (None: all)."""
     shards = manifest["shards"]
     if manifest["complete"]:
         total = sum(shard["tokens"] for shard in shards)
@@ -382,8 +409,9 @@ def write_shards(folder, manifest, source, last_shard, total, workers):
         total = min(total, manifest["val_tokens"] + last_shard * manifest["shard_tokens"])
     if any(shard.get("next") is None for shard in shards[: -1 if manifest["complete"] else None]):
         fail(f"{folder}/manifest.json doesn't say where each shard begins: choose another folder")
-    get_tokenizer(manifest["tokenizer"])  # if this fails, then here, once, and not in every worker
-    tokens_from = functools.partial(tokenized, source, manifest["tokenizer"], workers)
+    get_tokenizer(manifest["tokenizer"], folder)  # if this fails, then here, once, and not in every worker
+    encode = functools.partial(tokenize, tokenizer=manifest["tokenizer"], folder=folder)
+    tokens_from = functools.partial(tokenized, source, encode, workers)
     with start_folder(folder, manifest, total) as bar:
         for number, shard in enumerate(list(shards)):
             if not is_whole(folder, shard):
@@ -396,45 +424,42 @@ def write_shards(folder, manifest, source, last_shard, total, workers):
         fail("there is no text in the source, so no shard was written: give files with text")
 
 
-def write_range(folder, manifest, tokens_from, first, last, bar):
-    """Writes shards number first to last; last None, or beyond the end of the source: to the end."""
+def write_range(folder, manifest, tokens_from, number, last, bar):
+    """Writes shards from this number to last; last None, or beyond the end of the source: to the end."""
     shards = manifest["shards"]
-    file, row, skip = shards[first - 1]["next"] if first else (0, 0, 0)
-    number = first
-    room = manifest["shard_tokens" if first else "val_tokens"]  # left in this shard
-    parts = []  # of its tokens
-    for file, row, tokens, counts in tokens_from(file, row):
-        ends = np.cumsum(counts)
-        taken = skip  # the beginning of the very first document may stand in the shard before
-        skip = 0
-        while taken < len(tokens):
-            parts.append(tokens[taken : taken + room])
-            n = len(parts[-1])
-            room -= n
-            taken += n
-            bar.update(n)
-            if room:
-                break
-            document = int(np.searchsorted(ends, taken, side="right"))  # the next token's
-            begin = int(ends[document - 1]) if document else 0
-            finish_shard(folder, manifest, number, parts, [file, row + document, taken - begin])
-            if number == last:
-                return
-            number += 1
-            room = manifest["shard_tokens"]
-            parts = []
-    if parts or number < len(shards):
-        finish_shard(folder, manifest, number, parts, None)
+    file, row, skip = shards[number - 1]["next"] if number else (0, 0, 0)
+    room = manifest["shard_tokens" if number else "val_tokens"]  # left in this shard
+    content = bytearray(HEADER_BYTES)
+    for file, first_row, documents in tokens_from(file, row):
+        for row, tokens in enumerate(documents, first_row):
+            taken = skip  # the beginning of the very first document may stand in the shard before
+            skip = 0
+            while taken < len(tokens):
+                part = tokens[taken : taken + room]
+                content += part.tobytes()
+                room -= len(part)
+                taken += len(part)
+                bar.update(len(part))
+                if room == 0:
+                    next_one = [file, row, taken] if taken < len(tokens) else [file, row + 1, 0]
+                    finish_shard(folder, manifest, number, content, next_one)
+                    if number == last:
+                        return
+                    number += 1
+                    room = manifest["shard_tokens"]
+                    content = bytearray(HEADER_BYTES)
+    if len(content) > HEADER_BYTES or number < len(shards):
+        finish_shard(folder, manifest, number, content, None)
     elif shards:
         manifest["complete"] = True
         write_manifest(folder, manifest)
 
 
-def finish_shard(folder, manifest, number, parts, position):
+def finish_shard(folder, manifest, number, content, position):
     """Writes a shard's file, then its line in the manifest; position: where the next one begins."""
     name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
-    n_tokens = sum(map(len, parts))
-    content = shard_header(n_tokens) + b"".join(parts)
+    n_tokens = (len(content) - HEADER_BYTES) // 2
+    content[:HEADER_BYTES] = shard_header(n_tokens)
     checksum = hashlib.sha256(content).hexdigest()
     shard = {"name": name, "tokens": n_tokens, "sha256": checksum, "next": position}
     shards = manifest["shards"]
@@ -448,14 +473,14 @@ def finish_shard(folder, manifest, number, parts, position):
 
 
 # ==========================================================================
-# Local files
+# Sources: local files, the Hugging Face hub, the offline sample
 
 
 def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
     for path in paths:
-        if not path.is_file() or not re.search(r"\.(parquet|(jsonl|txt)(\.gz|\.zst)?)$", path.name):
-            fail(f"{path} is not a .parquet, .jsonl or .txt file (the latter two also with .gz or .zst)")
+        if not path.is_file() or not TEXT_FILE.search(path.name):
+            fail(f"{path} is not a .parquet, .jsonl or .txt file, or one of them with .gz or .zst")
     files = [[str(path), path.stat().st_size] for path in paths]
     n_bytes = sum(size for _, size in files)
     # about a tenth of a small text is for validation, so that something is left to train on
@@ -465,10 +490,6 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     total = n_bytes // (1 if tokenizer == "bytes" else 4)  # of plain text; parquet is denser
     source = [functools.partial(read_documents, path) for path in paths]
     write_shards(folder, manifest, source, last_shard, total, workers)
-
-
-# ==========================================================================
-# The Hugging Face hub: text, and ready-made shards
 
 
 def hub_files(folder, repo, prefix, suffix):
@@ -551,10 +572,6 @@ def download_shards(folder, dataset, last_shard):
     shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
 
 
-# ==========================================================================
-# The offline sample
-
-
 def write_sample(folder=SAMPLE):
     """Writes the offline dataset, in bytes, if it isn't there. SystemExit if something else is."""
     folder = Path(folder)
@@ -566,11 +583,10 @@ def write_sample(folder=SAMPLE):
     lock(folder, "wait until it ends", wait=True)
     try:
         documents = sample_documents()
-        n_tokens = sum(len(text) + 1 for text in documents)
         origin |= {"revision": sys.version.split()[0], "shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1}
         manifest = open_manifest(folder, "bytes", **origin)
         source = [lambda row: [(row, documents[row:], True)]]
-        write_shards(folder, manifest, source, last_shard=None, total=n_tokens, workers=0)
+        write_shards(folder, manifest, source, last_shard=None, total=1 << 20, workers=0)
     finally:
         locks.pop(folder.resolve()).release()
 
@@ -635,6 +651,8 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
             found, promised = counts.get(name, "no"), listed.get(name, "none")
             fail(f"{folder / name} has {found} tokens, by manifest.json {promised}: run the fineweb.py "
                  "command that made the folder again, or remove the file")
+    if manifest["tokenizer"].endswith(".json"):
+        get_tokenizer(manifest["tokenizer"], folder)  # SystemExit if it is another now
     n_vocab = manifest["vocab_size"]
     if n_vocab > vocab_size:
         enough = -(-n_vocab // 128) * 128  # a multiple of 128 suits a GPU
@@ -733,14 +751,12 @@ class Loader:
         self.thread = ThreadPoolExecutor(1)  # reads ahead
         self.ahead = {}  # {step: the future of its rows}
         if max_steps * batch_rows > len(windows):
-            steps = len(windows) // batch_rows
-            say(f"warning: the data last for {steps:,} steps of {max_steps:,}: "
-                f"from step {steps} on the same windows come again, in another order")
+            n = len(windows) // batch_rows
+            say(f"warning: the data last for {n:,} steps of {max_steps:,}: from step {n} on they come again")
 
     def ids(self, step):
         """The window numbers of this rank's rows of batch number step: (batch_rows / world,) int64."""
-        n = len(self.windows)
-        # a batch may hold the end of one epoch and the beginning of the next
+        n = len(self.windows)  # a batch may hold the end of one epoch and the beginning of the next
         epochs, places = np.divmod(step * self.batch_rows + self.mine, n)
         parts = [epoch_order(n, self.seed, int(i))[places[epochs == i]] for i in np.unique(epochs)]
         return np.concatenate(parts)
@@ -750,10 +766,9 @@ class Loader:
         import torch
 
         rows = self.windows.rows(self.ids(step))
-        largest = rows.max()
-        if largest >= self.vocab_size:
+        if rows.max() >= self.vocab_size:
             # not fail(): of several processes it lets only the first speak, but each has other rows
-            raise SystemExit(f"token {largest} in the training shards is beyond the vocabulary of "
+            raise SystemExit(f"token {rows.max()} in the training shards is beyond the vocabulary of "
                              f"{self.vocab_size}: run `python fineweb.py --verify --out DIR`")
         rows = torch.from_numpy(rows)
         # pinned, so that the copy to the GPU need not be waited for
@@ -762,10 +777,7 @@ class Loader:
     def batch(self, step):
         """This rank's rows of batch number step: (batch_rows / world, block_size + 1) int64 on the device."""
         wanted = range(step, step + 3)
-        self.ahead = {i: rows for i, rows in self.ahead.items() if i in wanted}
-        for i in wanted:
-            if i not in self.ahead:
-                self.ahead[i] = self.thread.submit(self.read, i)
+        self.ahead = {i: self.ahead.get(i) or self.thread.submit(self.read, i) for i in wanted}
         return self.ahead.pop(step).result().to(self.device, non_blocking=True)
 
 
@@ -778,51 +790,38 @@ class Args:
     dataset: Literal["fineweb", "fineweb-edu"] = "fineweb"  # take sample-10BT of this
     pretokenized: bool = False  # download ready-made shards of it
     files: tuple[Path, ...] | None = None  # use these .jsonl, .txt or .parquet files instead
-    sample: bool = False  # write the small offline dataset instead
     verify: bool = False  # only check the folder against its manifest
     shards: int | None = None  # stop after N training shards; None: all
     out: Path | None = None  # folder for the shards; None: data/NAME
     shard_tokens: int = SHARD_TOKENS  # tokens per shard
-    tokenizer: str = "gpt2"  # gpt2, its first merges as in gpt2-4096, or bytes
-    workers: int | None = None  # tokenizer processes, 0: only this one; None: one per core
+    tokenizer: str = "gpt2"  # gpt2, its first merges as in gpt2-4096, bytes, or your own tokenizer.json
+    workers: int = N_CORES  # tokenizer processes; 0: only this one
 
 
 def main():
     import tyro
 
     args = tyro.cli(Args, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    without_use = {
-        "files": ("dataset", "pretokenized", "sample"),
-        "sample": ("dataset", "pretokenized", "shards", "shard_tokens", "tokenizer"),
-        "pretokenized": ("shard_tokens", "tokenizer"),
-    }
     if args.files == ():
         fail("--files: name at least one file")
-    given = [name for name, value in vars(args).items() if value != getattr(Args, name)]
-    for name in without_use.keys() & given:
-        for other in set(without_use[name]) & set(given):
+    given = {name for name, value in vars(args).items() if value != getattr(Args, name)}
+    without_use = {"files": ("dataset", "pretokenized"), "pretokenized": ("shard_tokens", "tokenizer")}
+    for name in sorted(without_use.keys() & given):
+        for other in given.intersection(without_use[name]):
             fail(f"--{name} and --{other} don't go together: leave one of them out")
     n_vocab(args.tokenizer)  # SystemExit if there is no such tokenizer
     for name, least in (("shards", 1), ("shard_tokens", 1024), ("workers", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:  # the header holds an int32
             fail(f"--{name} {value}: must be from {least:,} to 2,147,483,647")
-    default = f"data/{args.files[0].stem}" if args.files else DATASETS[args.dataset][2]
-    folder = args.out or Path(SAMPLE if args.sample else default)
-    workers = args.workers
-    if workers is None:  # this process may have fewer cores than the machine
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # number 0 is for validation, so N training shards end with number N
-    how = (args.shards, args.shard_tokens, args.tokenizer, workers)
+    folder = args.out or Path(f"data/{args.files[0].stem}" if args.files else DATASETS[args.dataset][2])
+    how = (args.shards, args.shard_tokens, args.tokenizer, args.workers)
     try:
         if args.verify:
             verify(folder)
             return
-        if not args.sample:
-            lock(folder, "wait until it ends, or choose another --out")
-        if args.sample:
-            write_sample(folder)
-        elif args.pretokenized:
+        lock(folder, "wait until it ends, or choose another --out")
+        if args.pretokenized:
             download_shards(folder, args.dataset, args.shards)
         elif args.files:
             tokenize_files(folder, args.files, *how)
@@ -834,15 +833,16 @@ def main():
         fail("a tokenizer process was killed, as if memory ran out: run that again with fewer --workers")
     except OSError as error:
         fail(f"{error.filename or folder}: {error.strerror or error}")
-    shards = read_manifest(folder)["shards"]
+    manifest = read_manifest(folder)
+    shards = manifest["shards"]
     print(f"{folder}: {len(shards)} shards, {sum(shard['tokens'] for shard in shards):,} tokens")
     if len(shards) < 2:
         fail(f"{folder} has no training shard, only the first one, for validation: give more text")
     steps = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"]) // 2**19 or 1
     options = f"--max_steps {min(steps, 19_073)} --warmup_steps {min(-(-steps * 715 // 19_073), 715)}"
     options += f" --train_shards {len(shards)}" * (len(shards) > 101)  # 100 are the default
-    options = "--tiny" if args.sample else f"--data_dir {shlex.quote(str(folder))} {options}"
-    print(f"Next: python train_gpt2.py {options}")  # one epoch, at most the full run's steps
+    options += f" --vocab_size {-(-manifest['vocab_size'] // 128) * 128}" * (manifest["tokenizer"] != "gpt2")
+    print(f"Next: python train_gpt2.py --data_dir {shlex.quote(str(folder))} {options}")  # one epoch
 
 
 # ==========================================================================

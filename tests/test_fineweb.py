@@ -82,9 +82,9 @@ def test_gpt2_tokenizer():
         pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
     tokens = encoding.encode_ordinary("Hello, I'm a language model,")
     assert tokens == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    tokens, counts = fineweb.tokenize(["Hello world", ""], True, "gpt2")
-    assert tokens.tolist() == [50256, 15496, 995, 50256] and tokens.dtype == np.uint16
-    assert counts.tolist() == [3, 1]
+    hello, nothing = fineweb.tokenize(["Hello world", ""], True, "gpt2")
+    assert hello.tolist() == [50256, 15496, 995] and nothing.tolist() == [50256]
+    assert hello.dtype == np.uint16
 
 
 def test_a_prefix_of_gpt2s_merges_is_a_tokenizer():
@@ -109,6 +109,120 @@ def test_a_prefix_of_gpt2s_merges_is_a_tokenizer():
 def test_a_tokenizer_that_there_is_not_is_one_line(name):
     with pytest.raises(SystemExit, match=f"{name}.*gpt2.*bytes"):
         fineweb.get_tokenizer(name)
+
+
+def own_tokenizer(path, end="</s>"):
+    """A small tokenizer.json like SentencePiece's, with what such files say for other uses; its path."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", *[end][: end != ""]]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    inner.train_from_iterator([*documents(40), "</s>", "<endoftext>|"], trainer)
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    inner.enable_truncation(8)
+    inner.enable_padding(length=100)
+    inner.save(str(path))
+    return path
+
+
+def with_own_tokenizer(tmp_path, **options):
+    """(folder of shards, the texts, the path of the tokenizer.json) of a small dataset."""
+    path = own_tokenizer(tmp_path / "tokenizer.json")
+    texts = [*documents(30), "", "with </s> letters", "of<|endoftext|>the"]
+    fineweb.tokenize_files(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], None, 1024, str(path), 0)
+    return tmp_path / "out", texts, path
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    import tokenizers
+
+    folder, texts, path = with_own_tokenizer(tmp_path)
+    manifest = fineweb.read_manifest(folder)
+    name = f"tokenizer-{fineweb.sha256(path)[:16]}.json"
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    assert manifest["tokenizer"] == name and manifest["vocab_size"] == theirs.get_vocab_size()
+    assert (folder / name).read_bytes() == path.read_bytes()
+    theirs.no_truncation()
+    theirs.no_padding()
+    theirs.encode_special_tokens = True
+    expected = []
+    for document in [*texts[:-1], "of", "the"]:
+        expected += [2, *theirs.encode(document, add_special_tokens=False).ids]
+    tokens = tokens_of(folder).tolist()
+    assert tokens == expected
+    assert tokens.count(2) == len(texts) + 1 and 1 not in tokens and max(map(len, texts)) > 8
+    data = fineweb.open_dataset(folder)
+    assert data["tokenizer"] == name
+    tokenizer = fineweb.get_tokenizer(name, str(folder))  # as the scripts do
+    assert tokenizer.eot_token == 2 and tokenizer.n_vocab == manifest["vocab_size"]
+    first, second = tokenizer.encode_ordinary("the for")[:1], tokenizer.encode_ordinary("the for")[1:]
+    assert tokenizer.decode(first + second) == " the for"
+    assert tokenizer.decode(first) + tokenizer.decode(second) == " the for"  # a sample goes on after a prompt
+
+
+def test_a_changed_tokenizer_is_refused(tmp_path):
+    folder, _, path = with_own_tokenizer(tmp_path)
+    (copy,) = folder.glob("tokenizer-*.json")
+    whole = bytes_of(folder)
+    copy.write_text(path.read_text().replace('"version"', ' "version"'))
+    fineweb.get_tokenizer.cache_clear()
+    with pytest.raises(SystemExit, match=f"{copy} has changed"):
+        fineweb.open_dataset(folder)
+    copy.unlink()
+    with pytest.raises(SystemExit, match=copy.name):
+        fineweb.open_dataset(folder)
+    copy.write_bytes(path.read_bytes())
+    own_tokenizer(tmp_path / "other.json", "<eos>")
+    for other in (str(tmp_path / "other.json"), "bytes"):
+        with pytest.raises(SystemExit, match=f"{copy.name}', not .*choose another folder"):
+            fineweb.tokenize_files(folder, [tmp_path / "a.jsonl"], None, 1024, other, 0)
+    assert bytes_of(folder) == whole
+
+
+def test_a_tokenizer_survives_a_kill_at_every_write(tmp_path):
+    path = own_tokenizer(tmp_path / "tokenizer.json")
+    text = write_jsonl(tmp_path / "a.jsonl", documents(20))
+
+    def action(folder):
+        fineweb.tokenize_files(folder, [text], None, 1024, str(path), 0)
+
+    assert survives_a_kill_at_every_write(tmp_path, action) >= 6
+
+
+def test_tokenizers_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, run):
+    import tokenizers
+    from tokenizers import models
+
+    own_tokenizer(tmp_path / "no end.json", "")
+    for name, n in (("large", 1 << 16), ("too large", (1 << 16) + 1)):
+        vocabulary = {"</s>": 0, **{str(i): i for i in range(1, n)}}
+        tokenizers.Tokenizer(models.WordLevel(vocabulary, "1")).save(str(tmp_path / f"{name}.json"))
+    assert fineweb.n_vocab(str(tmp_path / "large.json")) == 65_536
+    (tmp_path / "bad.json").write_text('{"model": {}}')
+    (tmp_path / "a.txt").write_text("some text")
+    facts = {"no end": "</s>", "too large": "65,537", "bad": "not a tokenizer.json", "nowhere": "No such file"}
+    for name, fact in facts.items():
+        status, said = run(fineweb, "--files", "a.txt", "--tokenizer", f"{name}.json", "--out", "out")
+        assert status == 1 and f"{name}.json" in said and fact in said and said.count("\n") == 1, said
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    status, said = run(fineweb, "--files", "a.txt", "--tokenizer", "bad.json", "--out", "out")
+    assert status == 1 and "pip install tokenizers" in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_ones_own_on_the_command_line(tmp_path):
+    path = own_tokenizer(tmp_path / "tokenizer.json")
+    write_jsonl(tmp_path / "a.jsonl", documents(300))
+    options = ["--files", "a.jsonl", "--tokenizer", path, "--shard_tokens", 5000, "--workers"]
+    assert write(tmp_path, *options, 0, "--out", "inline")[0] == 0
+    status, said = write(tmp_path, *options, 2, "--out", "out")
+    assert status == 0 and "--vocab_size 384" in said.splitlines()[-1], said
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "inline")
 
 
 def test_shards_hold_the_documents_in_order(tmp_path):
@@ -202,9 +316,9 @@ def test_verify_names_the_bad_shards_and_the_writer_rebuilds_them(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, fact", [
-    ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "a.jsonl, line 2"),
-    ("a.jsonl", b'{"text": "one"}\nnonsense\n', "a.jsonl, line 2"),
-    ("a.jsonl", b'\n{"text": 7}\n', "a.jsonl, line 2"),
+    ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "a.jsonl .*line 2"),
+    ("a.jsonl", b'{"text": "one"}\nnonsense\n', "a.jsonl .*line 2"),
+    ("a.jsonl", b'\n{"text": 7}\n', "a.jsonl .*line 2"),
     ("a.txt", b"abc \xff\xfe def", "a.txt .*utf-8"),
     ("a.txt.gz", b"not packed", "a.txt.gz"),
     ("a.parquet", b"PAR1 no, it is not", "a.parquet"),
@@ -258,7 +372,7 @@ def test_a_long_run_of_blanks_is_tokenised_in_parts_to_the_same_tokens():
         pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
     for blanks in (" " * 70_000, "\n" * 70_000, " " * 50_000, "\t" * 50_001):
         text = "a" + blanks + "word"
-        tokens, _ = fineweb.tokenize([text], False, "gpt2")
+        (tokens,) = fineweb.tokenize([text], False, "gpt2")
         assert len(fineweb.split(text)) == (1 if len(blanks) == 50_000 else 3)
         assert tokens.tolist() == encoding.encode_ordinary(text)
 
@@ -292,20 +406,16 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
     (["--files"], "--files: "),
     (["--files", "a.txt", "--out", "a.txt/b"], "a.txt/b can't be written"),
     (["--files", "a.txt", "--out", "a.txt"], "a.txt can't be written"),
-    (["--sample", "--out", "a.txt"], "a.txt can't be written"),
     (["--files", "a.txt", "--out", "a" * 300], "File name too long"),
     (["--verify", "--out", "nowhere"], "nowhere has no manifest.json"),
     (["--verify", "--out", "a.txt"], "a.txt has no manifest.json"),
-    (["--files", "a.txt", "--sample"], "--files and --sample"),
     (["--files", "a.txt", "--pretokenized"], "--files and --pretokenized"),
     (["--files", "a.txt", "--dataset", "fineweb-edu"], "--files and --dataset"),
-    (["--sample", "--pretokenized"], "--sample and --pretokenized"),
-    (["--sample", "--shards", "3"], "--sample and --shards"),
     (["--pretokenized", "--shard_tokens", "5000"], "--pretokenized and --shard_tokens"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_one_line(run, tmp_path, options, message):
     (tmp_path / "a.txt").write_text("some text")
-    if not {"--sample", "--pretokenized"} & set(options):
+    if "--pretokenized" not in options:
         options = ["--tokenizer", "bytes", *options]
     status, said = run(fineweb, *options)
     assert status == 1 and message in said and said.count("\n") == 1, said
@@ -362,7 +472,7 @@ def test_the_last_line_is_a_command_for_one_epoch(run, tmp_path, size, steps):
     options = ["--tokenizer", "bytes", "--workers", 0, "--out", "my out"]
     status, said = run(fineweb, "--files", "a.txt", *options)
     assert status == 0
-    command = f"--data_dir 'my out' --max_steps {steps} --warmup_steps 1"
+    command = f"--data_dir 'my out' --max_steps {steps} --warmup_steps 1 --vocab_size 384"
     assert said.splitlines()[-1] == f"Next: python train_gpt2.py {command}"
 
 
@@ -528,15 +638,13 @@ def test_the_sample_leaves_what_is_not_its_own(tmp_path, capsys, little_sample):
 
 
 @pytest.mark.parametrize("last", [None, 1])
-def test_the_sample_into_a_foreign_dataset_is_one_line(tmp_path, capsys, run, little_sample, last):
+def test_the_sample_into_a_foreign_dataset_is_one_line(tmp_path, little_sample, last):
     out = tmp_path / "out"
     in_process(out, [write_jsonl(tmp_path / "a.jsonl", documents(30))], last=last)
     put_theirs(out)
     before = bytes_of_all(out)
-    capsys.readouterr()
-    status, said = run(fineweb, "--sample", "--out", "out")
-    assert status == 1 and said.count("\n") == 1, said
-    assert "out holds shards with dataset = 'files'" in said
+    with pytest.raises(SystemExit, match="out holds shards with dataset = 'files'"):
+        fineweb.write_sample(out)
     assert bytes_of_all(out) == before
 
 

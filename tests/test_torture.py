@@ -203,11 +203,6 @@ def test_a_killed_writer_writes_the_same_bytes(tmp_path, home_with_notes):
     survives("fineweb", options, options, folder_outcome, home_with_notes)
 
 
-def test_a_killed_sample_is_the_same(home_with_notes):
-    options = ["--sample", "--out=out"]
-    survives("fineweb", options, options, folder_outcome, home_with_notes)
-
-
 @pytest.mark.parametrize("options", [WRITER, ["--pretokenized", "--out=out"]])
 def test_a_killed_download_is_the_same(options, tmp_path, home_with_notes):
     content = parquet(tmp_path / "c.parquet").read_bytes()
