@@ -26,7 +26,7 @@ import io
 import itertools
 import json
 import mmap
-import multiprocessing
+import multiprocessing.pool
 import os
 import re
 import shlex
@@ -36,10 +36,8 @@ import sys
 import threading
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
@@ -77,16 +75,34 @@ def shard_header(n_tokens):
 
 
 def shard_tokens(path):
-    """The number of tokens in a shard, from its header. SystemExit for a foreign or truncated file."""
-    again = "remove it and run the fineweb.py command that made it again"
+    """The number n of tokens in a shard, the last 2n bytes of its file. SystemExit for another file.
+
+    Ours and llm.c's have a header, nanoGPT's train.bin and val.bin have none, build-nanogpt's are .npy.
+    """
+    again = "make it again, or get it again from where it came"
     with one_line(f"{path} can't be read: {again}"), open(path, "rb") as f:
         header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype=np.int32)
     n_tokens = int(header[2])
-    if header[:2].tolist() != MAGIC:
-        fail(f"{path} is not a token shard, which begins with {MAGIC}: {again}")
-    if path.stat().st_size != HEADER_BYTES + 2 * n_tokens:
-        fail(f"{path} is truncated, its header promises {n_tokens:,} tokens: {again}")
-    return n_tokens
+    if header[:2].tolist() == MAGIC:
+        if path.stat().st_size != HEADER_BYTES + 2 * n_tokens:
+            fail(f"{path} is truncated, its header promises {n_tokens:,} tokens: {again}")
+        return n_tokens
+    if header[0] == 20240801:
+        fail(f"{path} holds LLaMA 3's tokens in 32 bits, as llm.c writes them: only 16 bits can be read here")
+    with contextlib.suppress(Exception):  # a file can hold anything
+        is_bare = path.name in ("train.bin", "val.bin")
+        tokens = np.memmap(path, np.uint16, "r") if is_bare else np.load(path, mmap_mode="r")
+        begin = tokens[: 1 << 20]
+        # half of 32-bit tokens would be zeros, which are "!", and other vocabularies end texts otherwise
+        looks_right = begin.max() < 50257 and 50256 in begin and np.mean(begin == 0) < 0.2
+        if looks_right and tokens.dtype == np.uint16 and tokens.ndim == 1:
+            return len(tokens)
+    fail(f"{path} is not a token shard, with {MAGIC} first or GPT-2's tokens in 16 bits: {again}")
+
+
+def of_split(names, split):
+    """Those of some names of files that are of "train" or "val" shards, ours or others', in order."""
+    return sorted(name for name in names if re.fullmatch(rf"(.*_)?{split}(_\d+)?\.(bin|npy)", name))
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -132,7 +148,7 @@ def open_manifest(folder, tokenizer, **wanted):
     own = get_tokenizer(tokenizer) if tokenizer.endswith(".json") else None
     wanted |= {"tokenizer": own.name if own else tokenizer, "vocab_size": n_vocab(tokenizer)}
     manifest = read_manifest(folder) or {}
-    if not manifest.get("shards") and not list(folder.glob("*.bin")):
+    if not manifest.get("shards") and not [*folder.glob("*.bin"), *folder.glob("*.npy")]:
         manifest = {**wanted, "complete": False, "shards": []}
     for key, value in wanted.items():
         if manifest.get(key) != value:
@@ -159,13 +175,10 @@ def sha256(path):
 def verify(folder):
     """Checks every shard against the manifest. Raises SystemExit that names the bad ones."""
     manifest = read_manifest(folder) or fail(f"{folder} has no manifest.json to check against")
-    bad = []
-    for shard in manifest["shards"]:
-        path = folder / shard["name"]
-        if not is_whole(folder, shard) or sha256(path) != shard["sha256"]:
-            bad.append(str(path))
-    print(f"{folder}: {len(manifest['shards']) - len(bad)} of {len(manifest['shards'])} shards are good")
-    if bad or not manifest["shards"]:
+    known = {folder / shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    bad = [str(path) for path in known if not path.is_file() or sha256(path) != known[path]]
+    print(f"{folder}: {len(known) - len(bad)} of {len(known)} shards are good")
+    if bad or not known:
         fail(f"bad or missing: remove {' '.join(bad)} and run the command that made the folder again")
 
 
@@ -361,16 +374,14 @@ def tokenized(source, encode, workers, first_file, first_row):
     source: for each file a function of a row, which yields what read_documents() does from there on.
     encode(documents, new): as tokenize(). The result is the same for any number of workers, 0 has none.
     """
-    # spawn, not fork, whose children inherit locks that other threads hold, and can hang
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork inherits other threads' locks, and can hang
     pool = ProcessPoolExecutor(workers, context, start_worker) if workers else ThreadPoolExecutor(1)
     queue = []
     with pool:
         for i in range(first_file, len(source)):
             for row, documents, new in source[i](first_row if i == first_file else 0):
                 queue.append((i, row, pool.submit(encode, documents, new)))
-                # enough waiting that no worker is idle, few enough to bound the memory
-                if len(queue) > 4 * workers:
+                if len(queue) > 4 * workers:  # enough that none is idle, few enough to bound the memory
                     file, first, future = queue.pop(0)
                     yield file, first, future.result()
         for file, first, future in queue:
@@ -400,9 +411,10 @@ def start_folder(folder, manifest, total):
     return tqdm(desc=folder.name, total=total, initial=done, unit=" tokens", unit_scale=True, mininterval=5)
 
 
-def write_shards(folder, manifest, source, last_shard, total, workers):
-    """Writes the missing shards of tokenized()'s source, of about total tokens, up to last_shard (None: all)."""
+def write_shards(folder, manifest, source, last_shard, n_bytes, workers):
+    """Writes the missing shards of tokenized()'s source, of some n_bytes, up to last_shard (None: all)."""
     shards = manifest["shards"]
+    total = n_bytes // (1 if manifest["tokenizer"] == "bytes" else 4)  # tokens
     if manifest["complete"]:
         total = sum(shard["tokens"] for shard in shards)
     elif last_shard is not None:
@@ -420,8 +432,6 @@ def write_shards(folder, manifest, source, last_shard, total, workers):
         if not manifest["complete"] and (last_shard is None or len(shards) <= last_shard):
             write_range(folder, manifest, tokens_from, len(shards), last_shard, bar)
         bar.total = bar.n
-    if not shards:
-        fail("there is no text in the source, so no shard was written: give files with text")
 
 
 def write_range(folder, manifest, tokens_from, number, last, bar):
@@ -458,10 +468,9 @@ def write_range(folder, manifest, tokens_from, number, last, bar):
 def finish_shard(folder, manifest, number, content, position):
     """Writes a shard's file, then its line in the manifest; position: where the next one begins."""
     name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
-    n_tokens = (len(content) - HEADER_BYTES) // 2
-    content[:HEADER_BYTES] = shard_header(n_tokens)
-    checksum = hashlib.sha256(content).hexdigest()
-    shard = {"name": name, "tokens": n_tokens, "sha256": checksum, "next": position}
+    n = (len(content) - HEADER_BYTES) // 2
+    content[:HEADER_BYTES] = shard_header(n)
+    shard = {"name": name, "tokens": n, "sha256": hashlib.sha256(content).hexdigest(), "next": position}
     shards = manifest["shards"]
     if number < len(shards) and shards[number] != shard:
         fail(f"{name} came out different from before: the source has changed, start again in another folder")
@@ -480,16 +489,15 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
     """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
     for path in paths:
         if not path.is_file() or not TEXT_FILE.search(path.name):
-            fail(f"{path} is not a .parquet, .jsonl or .txt file, or one of them with .gz or .zst")
+            fail(f"{path} is not a .parquet, .jsonl or .txt file, or .gz or .zst; shards train as they are")
     files = [[str(path), path.stat().st_size] for path in paths]
     n_bytes = sum(size for _, size in files)
     # about a tenth of a small text is for validation, so that something is left to train on
     val_tokens = min(shard_tokens, max(1024, n_bytes // 40))
     sizes = {"shard_tokens": shard_tokens, "val_tokens": val_tokens}
     manifest = open_manifest(folder, tokenizer, dataset="files", revision=None, files=files, **sizes)
-    total = n_bytes // (1 if tokenizer == "bytes" else 4)  # of plain text; parquet is denser
     source = [functools.partial(read_documents, path) for path in paths]
-    write_shards(folder, manifest, source, last_shard, total, workers)
+    write_shards(folder, manifest, source, last_shard, n_bytes, workers)
 
 
 def hub_files(folder, repo, prefix, suffix):
@@ -518,10 +526,9 @@ def hub_files(folder, repo, prefix, suffix):
 
 def fetch(repo, file, revision, folder):
     """Downloads a RepoFile, or the rest of it, below folder, until it is as the hub says; its path."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import hf_hub_download, utils
 
-    disable_progress_bars()  # ours counts tokens
+    utils.disable_progress_bars()  # ours counts tokens
 
     def download():
         path = hf_hub_download(repo, file.path, repo_type="dataset", revision=revision, local_dir=folder)
@@ -539,8 +546,7 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
     repo = DATASETS[dataset][0]
     origin, files = hub_files(folder, repo, "sample/10BT", ".parquet")
     manifest = open_manifest(folder, tokenizer, **origin, shard_tokens=shard_tokens, val_tokens=shard_tokens)
-    # a byte of parquet is about two bytes of text, or a third of a GPT-2 token
-    total = sum(file.size for file in files.values()) * 2 // (1 if tokenizer == "bytes" else 6)
+    n_bytes = 2 * sum(file.size for file in files.values())  # of text, about
 
     def read(file, first_row):
         path = fetch(repo, file, origin["revision"], folder / DOWNLOADS)
@@ -548,7 +554,7 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
         path.unlink()
 
     source = [functools.partial(read, file) for file in files.values()]
-    write_shards(folder, manifest, source, last_shard, total, workers)
+    write_shards(folder, manifest, source, last_shard, n_bytes, workers)
     shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
 
 
@@ -586,7 +592,7 @@ def write_sample(folder=SAMPLE):
         origin |= {"revision": sys.version.split()[0], "shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1}
         manifest = open_manifest(folder, "bytes", **origin)
         source = [lambda row: [(row, documents[row:], True)]]
-        write_shards(folder, manifest, source, last_shard=None, total=1 << 20, workers=0)
+        write_shards(folder, manifest, source, last_shard=None, n_bytes=1 << 20, workers=0)
     finally:
         locks.pop(folder.resolve()).release()
 
@@ -637,7 +643,9 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     this returned when the run began. Raises SystemExit for whatever doesn't fit.
     """
     folder = Path(folder)
-    counts = {path.name: shard_tokens(path) for path in sorted(folder.glob("*.bin"))}
+    names = [path.name for path in folder.glob("*")]
+    names = of_split(names, "val") + of_split(names, "train")[:train_shards]
+    counts = {name: shard_tokens(folder / name) for name in sorted(names)}
     if not counts:
         fail(f"no token shards in {folder}: run `python fineweb.py`, or train offline with --tiny")
     manifest = read_manifest(folder)
@@ -646,34 +654,29 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
         shards = [{"name": name, "tokens": count} for name, count in counts.items()]
         manifest = {"dataset": "unknown", "tokenizer": "gpt2", "vocab_size": 50257, "shards": shards}
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-    for name in sorted(listed.keys() | counts.keys()):
-        if listed.get(name) != counts.get(name):
-            found, promised = counts.get(name, "no"), listed.get(name, "none")
-            fail(f"{folder / name} has {found} tokens, by manifest.json {promised}: run the fineweb.py "
-                 "command that made the folder again, or remove the file")
+    wanted = of_split(listed, "val") + of_split(listed, "train")[:train_shards]
+    bad = [name for name in dict.fromkeys(wanted + names) if listed.get(name) != counts.get(name)]
+    if bad:
+        found, promised = counts.get(bad[0], "no"), listed.get(bad[0], "none")
+        fail(f"{folder / bad[0]} has {found} tokens, by manifest.json {promised} ({len(bad)} such shards): get "
+             "what is missing, move away what isn't listed, or use fewer --train_shards")
     if manifest["tokenizer"].endswith(".json"):
         get_tokenizer(manifest["tokenizer"], folder)  # SystemExit if it is another now
     n_vocab = manifest["vocab_size"]
     if n_vocab > vocab_size:
-        enough = -(-n_vocab // 128) * 128  # a multiple of 128 suits a GPU
         fail(f"{folder} has a vocabulary of {n_vocab:,}, the model one of {vocab_size:,}: "
-             f"use another --data_dir or --vocab_size {enough}")
-    # the Loader looks at each training batch; the validation shard is looked at once, here
-    for name in counts:
-        if "_val_" in name and counts[name]:
-            largest = map_shard(folder / name, at_random=False).max()
-            if largest >= n_vocab:
-                fail(f"token {largest} in {folder / name} is beyond the vocabulary of {n_vocab:,}: "
-                     f"run `python fineweb.py --verify --out {folder}`")
-    training = sorted(name for name in counts if "_train_" in name)
-    unused = [] if train_shards is None else training[train_shards:]
-    kept = [shard for shard in manifest["shards"] if shard["name"] not in unused]
-    identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in kept]
+             f"use another --data_dir or --vocab_size {-(-n_vocab // 128) * 128}")
+    for name in of_split(counts, "val"):  # the Loader looks at each training batch
+        largest = map_shard(folder / name, at_random=False).max(initial=0)
+        if largest >= n_vocab:
+            fail(f"token {largest} in {folder / name} is beyond the vocabulary of {n_vocab:,}: "
+                 f"run `python fineweb.py --verify --out {folder}`")
+    used = [shard for shard in manifest["shards"] if shard["name"] in wanted]
+    identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in used]
     data = {key: manifest[key] for key in ("dataset", "tokenizer", "vocab_size")}
     data["fingerprint"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     if before and before["tokenizer"] != data["tokenizer"]:
-        fail(f"{folder} holds {data['tokenizer']} tokens, the model was trained on "
-             f"{before['tokenizer']} tokens: choose the right --data_dir")
+        fail(f"{folder} has {data['tokenizer']} tokens, the run {before['tokenizer']} ones: mend --data_dir")
     if before and before["fingerprint"] not in ("", data["fingerprint"]):  # "" if imported
         say(f"warning: {folder} is not the data that the run began with, so its batches are others now")
     return data
@@ -689,11 +692,11 @@ class Windows:
 
     def __init__(self, folder, split, block_size, max_shards=None, max_tokens=None):
         self.block_size = block_size
-        paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))[:max_shards]
-        self.shards = [map_shard(path, at_random=split == "train") for path in paths]
-        counts = [(len(shard) - 1) // block_size for shard in self.shards]
+        names = of_split(os.listdir(folder), split)[:max_shards]
+        self.shards = [map_shard(Path(folder) / name, at_random=split == "train") for name in names]
+        counts = [max(0, len(shard) - 1) // block_size for shard in self.shards]
         # (number of shards + 1,): the number of each shard's first window, then of all windows
-        self.first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        self.first = np.cumsum([0, *counts], dtype=np.int64)
         self.n_windows = int(self.first[-1])
         if self.n_windows < 1:
             fail(f"{folder} has no {split} shard of {block_size + 1} tokens: use a smaller --block_size")
@@ -720,10 +723,9 @@ def map_shard(path, at_random):
     """A shard's tokens (n,) uint16, read from the disk by the system when they are looked at."""
     with open(path, "rb") as f:
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    # the system reads ahead, for windows at random places 40 times what we need
-    if at_random and hasattr(mmap, "MADV_RANDOM"):
+    if at_random and hasattr(mmap, "MADV_RANDOM"):  # else the system reads 40 times what we need, ahead
         mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype=np.uint16, offset=HEADER_BYTES)
+    return np.frombuffer(mapped, dtype=np.uint16, offset=len(mapped) - 2 * shard_tokens(path))
 
 
 @functools.lru_cache(2)
@@ -758,8 +760,8 @@ class Loader:
         """The window numbers of this rank's rows of batch number step: (batch_rows / world,) int64."""
         n = len(self.windows)  # a batch may hold the end of one epoch and the beginning of the next
         epochs, places = np.divmod(step * self.batch_rows + self.mine, n)
-        parts = [epoch_order(n, self.seed, int(i))[places[epochs == i]] for i in np.unique(epochs)]
-        return np.concatenate(parts)
+        orders = [epoch_order(n, self.seed, int(i))[places[epochs == i]] for i in np.unique(epochs)]
+        return np.concatenate(orders)
 
     def read(self, step):
         """The rows that batch() returns, on the CPU. Raises SystemExit for a token beyond the vocabulary."""
@@ -770,8 +772,7 @@ class Loader:
             # not fail(): of several processes it lets only the first speak, but each has other rows
             raise SystemExit(f"token {rows.max()} in the training shards is beyond the vocabulary of "
                              f"{self.vocab_size}: run `python fineweb.py --verify --out DIR`")
-        rows = torch.from_numpy(rows)
-        # pinned, so that the copy to the GPU need not be waited for
+        rows = torch.from_numpy(rows)  # pinned, so that the copy to the GPU need not be waited for
         return rows.pin_memory() if torch.device(self.device).type == "cuda" else rows
 
     def batch(self, step):
@@ -815,7 +816,6 @@ def main():
         if value is not None and not least <= value < 2**31:  # the header holds an int32
             fail(f"--{name} {value}: must be from {least:,} to 2,147,483,647")
     folder = args.out or Path(f"data/{args.files[0].stem}" if args.files else DATASETS[args.dataset][2])
-    how = (args.shards, args.shard_tokens, args.tokenizer, args.workers)
     try:
         if args.verify:
             verify(folder)
@@ -824,12 +824,12 @@ def main():
         if args.pretokenized:
             download_shards(folder, args.dataset, args.shards)
         elif args.files:
-            tokenize_files(folder, args.files, *how)
+            tokenize_files(folder, args.files, args.shards, args.shard_tokens, args.tokenizer, args.workers)
         else:
-            tokenize_hub(folder, args.dataset, *how)
+            tokenize_hub(folder, args.dataset, args.shards, args.shard_tokens, args.tokenizer, args.workers)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: run the same command again to go on after the last shard")
-    except BrokenProcessPool:
+    except BrokenExecutor:
         fail("a tokenizer process was killed, as if memory ran out: run that again with fewer --workers")
     except OSError as error:
         fail(f"{error.filename or folder}: {error.strerror or error}")
@@ -837,7 +837,7 @@ def main():
     shards = manifest["shards"]
     print(f"{folder}: {len(shards)} shards, {sum(shard['tokens'] for shard in shards):,} tokens")
     if len(shards) < 2:
-        fail(f"{folder} has no training shard, only the first one, for validation: give more text")
+        fail(f"{folder} has no training shard, since there is no text beyond the first one's: give more")
     steps = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"]) // 2**19 or 1
     options = f"--max_steps {min(steps, 19_073)} --warmup_steps {min(-(-steps * 715 // 19_073), 715)}"
     options += f" --train_shards {len(shards)}" * (len(shards) > 101)  # 100 are the default
@@ -917,7 +917,7 @@ def lock(folder, advice, wait=False):
 
 def in_time(action):
     """The result of action(), which may wait for ever. Raises TimeoutError after NO_ANSWER seconds."""
-    with ThreadPool(1) as pool:  # whose thread ends with the program
+    with multiprocessing.pool.ThreadPool(1) as pool:  # whose thread ends with the program
         return pool.apply_async(action).get(NO_ANSWER)
 
 
@@ -934,8 +934,8 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
             if not isinstance(error, OSError) and type(error).__module__[:4] not in ("http", "mult"):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", None)
-            words = " ".join(f"{type(error).__name__} {error}".split())
-            reason = f"HTTP {status}" if status else words[:120]
+            words = f"HTTP {status}" if status else f"{type(error).__name__} {error}"
+            reason = " ".join(words.split())[:120]
         if pause is None or status in (400, 401, 403, 404, 410):
             fail(f"{what} could not be downloaded ({reason}): run the same command later to go on")
         say(f"{what}: {reason}; trying again in {pause} s")

@@ -976,6 +976,110 @@ def test_shards_without_a_manifest_are_taken_for_gpt2(tmp_path, capsys):
     assert "taking its shards for GPT-2 tokens" in capsys.readouterr().out
 
 
+def gpt2_tokens(n, seed=0):
+    """n random ids of GPT-2's, some of them <|endoftext|>."""
+    tokens = np.random.default_rng(seed).integers(50257, size=n, dtype=np.uint16)
+    tokens[::500] = 50256
+    return tokens
+
+
+def save_shard(path, tokens):
+    """Writes tokens as the authors of a shard of this name do."""
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, tokens)
+    elif path.name in ("train.bin", "val.bin"):
+        tokens.tofile(path)
+    else:
+        path.write_bytes(fineweb.shard_header(len(tokens)) + tokens.tobytes())
+
+
+@pytest.mark.parametrize("val, train", [
+    ("tiny_shakespeare_val.bin", ["tiny_shakespeare_train.bin"]),
+    ("val.bin", ["train.bin"]),
+    ("edufineweb_val_000000.npy", ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"]),
+    ("fineweb_val_000000.bin", ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]),
+])  # fmt: skip
+def test_shards_of_others_are_read_as_they_are(tmp_path, val, train):
+    folder = tmp_path / "theirs"
+    for number, name in enumerate([val, *train]):
+        save_shard(folder / name, gpt2_tokens(3001 + number, number))
+    (folder / "gpt2_tokenizer.bin").write_text("no shard")
+    (folder / "meta.pkl").write_text("no shard")
+    data = fineweb.open_dataset(folder, train_shards=100)
+    assert data["tokenizer"] == "gpt2" and data["vocab_size"] == 50257
+    windows = fineweb.Windows(folder, "val", 1000)
+    assert np.array_equal(windows.rows([2])[0], gpt2_tokens(3001, 0)[2000:])
+    windows = fineweb.Windows(folder, "train", 1000)
+    last = gpt2_tokens(3001 + len(train), len(train))[2000:3001]
+    assert np.array_equal(windows.rows([3 * len(train) - 1])[0], last) and len(windows) == 3 * len(train)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "a_train_000001.npy"])
+@pytest.mark.parametrize("what", ["32 bits", "no end", "letters", "other vocabulary", "odd size", "empty", "table"])
+def test_shards_of_another_vocabulary_are_not_mistaken_for_gpt2s(tmp_path, name, what):
+    tokens = gpt2_tokens(300_000)
+    if what == "32 bits":  # of LLaMA 3, by whose lower halves <|endoftext|> is there
+        tokens = np.random.default_rng(0).integers(50257, size=300_000, dtype=np.uint32)
+        tokens[::7] += 65536
+    elif what == "no end":
+        tokens[tokens == 50256] = 11
+    elif what == "letters":
+        tokens %= 65
+    elif what == "other vocabulary":
+        tokens[1000] = 50257
+    elif what == "empty":
+        tokens = tokens[:0]
+    elif what == "table":
+        tokens = tokens.reshape(-1, 2) if name.endswith("npy") else tokens + np.uint16(40000)
+    save_shard(tmp_path / name, tokens)
+    if what == "odd size":
+        os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 1)
+    with pytest.raises(SystemExit, match=f"{name} is not a token shard") as error:
+        fineweb.open_dataset(tmp_path)
+    assert "remove" not in str(error.value) and (tmp_path / name).exists()
+
+
+def test_a_shard_without_header_must_have_nanogpts_name(tmp_path):
+    gpt2_tokens(5000).tofile(tmp_path / "a_train_000001.bin")
+    with pytest.raises(SystemExit, match="a_train_000001.bin is not a token shard"):
+        fineweb.open_dataset(tmp_path)
+
+
+def test_llama3s_shards_are_named(tmp_path):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240801, 7, 1000
+    tokens = np.arange(127_000, 128_000, dtype=np.uint32)
+    (tmp_path / "tiny_shakespeare_train.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    with pytest.raises(SystemExit, match="tiny_shakespeare_train.bin .*LLaMA 3.*32 bits"):
+        fineweb.open_dataset(tmp_path)
+
+
+def test_some_shards_of_a_larger_dataset(tmp_path):
+    folder = small_dataset(tmp_path)
+    names = sorted(path.name for path in folder.glob("*_train_*.bin"))
+    three = fineweb.open_dataset(folder, train_shards=3)
+    for name in names[3:]:
+        (folder / name).unlink()
+    assert fineweb.open_dataset(folder, train_shards=3) == three
+    n = len(names) - 3
+    for train_shards in (100, None):
+        with pytest.raises(SystemExit, match=rf"{names[3]} has no tokens.*\({n} such.*--train_shards"):
+            fineweb.open_dataset(folder, train_shards=train_shards)
+    (folder / names[1]).unlink()
+    with pytest.raises(SystemExit, match=f"{names[1]} has no tokens"):
+        fineweb.open_dataset(folder, train_shards=3)
+
+
+def test_the_writer_goes_into_no_folder_with_shards_of_others(tmp_path):
+    for name in ("train.bin", "edufineweb_train_000001.npy"):
+        folder = tmp_path / name.split(".")[0]
+        save_shard(folder / name, gpt2_tokens(2000))
+        with pytest.raises(SystemExit, match="choose another folder"):
+            in_process(folder, [write_jsonl(tmp_path / "a.jsonl", documents(20))])
+        assert list(bytes_of(folder)) == [name]
+
+
 def test_token_beyond_the_vocabulary_stops_the_run(tmp_path):
     folder = small_dataset(tmp_path)
     loader = fineweb.Loader(fineweb.Windows(folder, "train", 32), 16, 0, vocab_size=120)
