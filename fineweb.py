@@ -59,7 +59,8 @@ DATASETS = {  # name: (repository of the text on the hub, of ready-made shards, 
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "kjj0/finewebedu10B-gpt2", "data/fineweb-edu10B"),
 }
 SAMPLE = "data/sample"
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # of a text, in others' tokenizers
+END = "<|endoftext|>"
+ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # of a text, in others' tokenizers
 DOWNLOADS = ".fineweb.download"  # below a dataset's folder; whatever is in it is ours
 N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # we may use
 NO_ANSWER = 60  # seconds to wait for a library that would wait for ever
@@ -124,6 +125,7 @@ class Manifest(TypedDict):
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     shard_tokens: NotRequired[Count]  # of a training shard; not there if ready-made
     val_tokens: NotRequired[Count]  # of the first one
+    keep_separators: NotRequired[bool | None]  # <|endoftext|> in a text is letters, if true
     complete: NotRequired[bool]  # the source has been read to its end
     shards: list[Shard]
 
@@ -155,8 +157,8 @@ def open_manifest(folder, tokenizer, **wanted):
             fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: "
                  "choose another folder, or move that one away")
     manifest.setdefault("complete", False)
+    folder.mkdir(parents=True, exist_ok=True)
     if own:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / own.name, lambda f: f.write(own.content))
     return manifest
 
@@ -293,8 +295,7 @@ class OwnTokenizer:
 
     def decode(self, tokens):
         # after another token, since many decoders take a space before the first away
-        text = self.inner.decode([self.eot_token, *tokens], skip_special_tokens=False)
-        return text.removeprefix(self.end)
+        return self.inner.decode([self.eot_token, *tokens], skip_special_tokens=False).removeprefix(self.end)
 
 
 @functools.cache
@@ -346,46 +347,50 @@ def start_worker():
     threading.Thread(target=end_with_main, daemon=True).start()
 
 
-def split(text):
-    """The text in parts, cut in runs of 50,000 blanks, which would overflow the stack of tiktoken's regex."""
-    return re.split(r"(\s{50000}(?=\s))", text) if len(text) > 50_000 else [text]
+def tokenize(documents, new, tokenizer, folder=None, keep=False):
+    """The tokens of each document, uint16, of what read_documents() yields, after <|endoftext|> if it is new.
 
-
-def tokenize(documents, new, tokenizer, folder=None):
-    """The tokens of each document, uint16, of what read_documents() yields.
-
-    Each document is preceded by <|endoftext|>, unless new is False; where a text has that, a new one begins.
+    A new one begins also where a text has that, unless keep makes it letters.
     """
     encoding = get_tokenizer(tokenizer, folder)
     tokens = []
     for text in documents:
         pieces = []
-        for number, document in enumerate(text.split("<|endoftext|>")):  # others' separators are ours
+        for number, document in enumerate([text] if keep else text.split(END)):
             if number == 0 or document.strip():
                 pieces.append([encoding.eot_token] if new or number > 0 else [])
-                pieces += [encoding.encode_to_numpy(part, disallowed_special=()) for part in split(document)]
+                # cut in runs of 50,000 blanks, which would overflow the stack of tiktoken's regex
+                parts = re.split(r"(\s{50000}(?=\s))", document) if len(document) > 50_000 else [document]
+                pieces += [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
         tokens.append(np.concatenate(pieces).astype(np.uint16))
     return tokens
 
 
-def tokenized(source, encode, workers, first_file, first_row):
+def tokenized(source, manifest, folder, workers, first_file, first_row):
     """Yields (file, row, the tokens of that and the next documents) in the source's order, from one on.
 
     source: for each file a function of a row, which yields what read_documents() does from there on.
-    encode(documents, new): as tokenize(). The result is the same for any number of workers, 0 has none.
     """
+    keep = bool(manifest.get("keep_separators"))
+    encode = functools.partial(tokenize, tokenizer=manifest["tokenizer"], folder=folder, keep=keep)
     context = multiprocessing.get_context("spawn")  # a fork inherits other threads' locks, and can hang
     pool = ProcessPoolExecutor(workers, context, start_worker) if workers else ThreadPoolExecutor(1)
     queue = []
-    with pool:
-        for i in range(first_file, len(source)):
-            for row, documents, new in source[i](first_row if i == first_file else 0):
-                queue.append((i, row, pool.submit(encode, documents, new)))
-                if len(queue) > 4 * workers:  # enough that none is idle, few enough to bound the memory
-                    file, first, future = queue.pop(0)
-                    yield file, first, future.result()
-        for file, first, future in queue:
-            yield file, first, future.result()
+    n_ends = 0
+    try:
+        with pool:
+            for i in range(first_file, len(source)):
+                for row, documents, new in source[i](first_row if i == first_file else 0):
+                    n_ends += sum(text.count(END) for text in documents)
+                    queue.append((i, row, pool.submit(encode, documents, new)))
+                    if len(queue) > 4 * workers:  # enough that none is idle, few enough to bound the memory
+                        file, first, future = queue.pop(0)
+                        yield file, first, future.result()
+            for file, first, future in queue:
+                yield file, first, future.result()
+    finally:
+        if n_ends and not keep:
+            say(f"{n_ends:,} times {END} in the text began a document; --keep_separators makes it letters")
 
 
 # ==========================================================================
@@ -396,7 +401,6 @@ def start_folder(folder, manifest, total):
     """Prepares a folder for about total tokens; returns the progress bar. SystemExit if the disk is full."""
     from tqdm import tqdm
 
-    folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():  # what a killed write_atomic() leaves
         if re.fullmatch(r"(manifest|tokenizer-\w{16}|fineweb_\w+_\d{6})\.(json|bin)\.\d+\.tmp", path.name):
             path.unlink()
@@ -422,8 +426,7 @@ def write_shards(folder, manifest, source, last_shard, n_bytes, workers):
     if any(shard.get("next") is None for shard in shards[: -1 if manifest["complete"] else None]):
         fail(f"{folder}/manifest.json doesn't say where each shard begins: choose another folder")
     get_tokenizer(manifest["tokenizer"], folder)  # if this fails, then here, once, and not in every worker
-    encode = functools.partial(tokenize, tokenizer=manifest["tokenizer"], folder=folder)
-    tokens_from = functools.partial(tokenized, source, encode, workers)
+    tokens_from = functools.partial(tokenized, source, manifest, folder, workers)
     with start_folder(folder, manifest, total) as bar:
         for number, shard in enumerate(list(shards)):
             if not is_whole(folder, shard):
@@ -438,25 +441,23 @@ def write_range(folder, manifest, tokens_from, number, last, bar):
     """Writes shards from this number to last; last None, or beyond the end of the source: to the end."""
     shards = manifest["shards"]
     file, row, skip = shards[number - 1]["next"] if number else (0, 0, 0)
-    room = manifest["shard_tokens" if number else "val_tokens"]  # left in this shard
     content = bytearray(HEADER_BYTES)
     for file, first_row, documents in tokens_from(file, row):
         for row, tokens in enumerate(documents, first_row):
             taken = skip  # the beginning of the very first document may stand in the shard before
             skip = 0
             while taken < len(tokens):
-                part = tokens[taken : taken + room]
+                end = HEADER_BYTES + 2 * manifest["shard_tokens" if number else "val_tokens"]
+                part = tokens[taken : taken + (end - len(content)) // 2]
                 content += part.tobytes()
-                room -= len(part)
                 taken += len(part)
                 bar.update(len(part))
-                if room == 0:
+                if len(content) == end:
                     next_one = [file, row, taken] if taken < len(tokens) else [file, row + 1, 0]
                     finish_shard(folder, manifest, number, content, next_one)
                     if number == last:
                         return
                     number += 1
-                    room = manifest["shard_tokens"]
                     content = bytearray(HEADER_BYTES)
     if len(content) > HEADER_BYTES or number < len(shards):
         finish_shard(folder, manifest, number, content, None)
@@ -485,17 +486,16 @@ def finish_shard(folder, manifest, number, content, position):
 # Sources: local files, the Hugging Face hub, the offline sample
 
 
-def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
+def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers, keep=False):
     """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
     for path in paths:
         if not path.is_file() or not TEXT_FILE.search(path.name):
             fail(f"{path} is not a .parquet, .jsonl or .txt file, or .gz or .zst; shards train as they are")
     files = [[str(path), path.stat().st_size] for path in paths]
     n_bytes = sum(size for _, size in files)
-    # about a tenth of a small text is for validation, so that something is left to train on
-    val_tokens = min(shard_tokens, max(1024, n_bytes // 40))
-    sizes = {"shard_tokens": shard_tokens, "val_tokens": val_tokens}
-    manifest = open_manifest(folder, tokenizer, dataset="files", revision=None, files=files, **sizes)
+    val_tokens = min(shard_tokens, max(1024, n_bytes // 40))  # a tenth of a small text, to leave the rest
+    how = {"shard_tokens": shard_tokens, "val_tokens": val_tokens, "keep_separators": keep or None}
+    manifest = open_manifest(folder, tokenizer, dataset="files", revision=None, files=files, **how)
     source = [functools.partial(read_documents, path) for path in paths]
     write_shards(folder, manifest, source, last_shard, n_bytes, workers)
 
@@ -515,7 +515,6 @@ def hub_files(folder, repo, prefix, suffix):
         return revision, sorted((file.path, file) for file in tree if file.path.endswith(suffix))
 
     try:
-        # list_repo_tree() waits for ever, whatever time-out the client has
         revision, files = retrying(f"the file list of {repo}", lambda: in_time(ask))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         fail(f"{repo}: the hub doesn't answer as it should: does this network want a login first?")
@@ -532,20 +531,20 @@ def fetch(repo, file, revision, folder):
 
     def download():
         path = hf_hub_download(repo, file.path, repo_type="dataset", revision=revision, local_dir=folder)
-        size = os.path.getsize(path)
-        if size == file.size and (file.lfs is None or sha256(path) == file.lfs.sha256):
+        if os.path.getsize(path) == file.size and (file.lfs is None or sha256(path) == file.lfs.sha256):
             return Path(path)
         os.remove(path)
-        raise OSError(f"arrived damaged, {size:,} of {file.size:,} bytes, or another checksum")
+        raise OSError("it arrived damaged: its size or checksum is another")
 
     return retrying(file.path, download)
 
 
-def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
+def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers, keep=False):
     """Writes the tokens of a dataset's parquet files, each downloaded, read and deleted, as shards."""
     repo = DATASETS[dataset][0]
     origin, files = hub_files(folder, repo, "sample/10BT", ".parquet")
-    manifest = open_manifest(folder, tokenizer, **origin, shard_tokens=shard_tokens, val_tokens=shard_tokens)
+    how = {"shard_tokens": shard_tokens, "val_tokens": shard_tokens, "keep_separators": keep or None}
+    manifest = open_manifest(folder, tokenizer, **origin, **how)
     n_bytes = 2 * sum(file.size for file in files.values())  # of text, about
 
     def read(file, first_row):
@@ -620,8 +619,7 @@ def sample_documents():
         seen.update(new)
         if new:
             documents.append("\n\n".join(new) + "\n")
-    # by their hash, so that the beginning, which is for validation, is a fair sample of the whole
-    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())  # shuffled
 
 
 def is_prose(text):
@@ -658,8 +656,8 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     bad = [name for name in dict.fromkeys(wanted + names) if listed.get(name) != counts.get(name)]
     if bad:
         found, promised = counts.get(bad[0], "no"), listed.get(bad[0], "none")
-        fail(f"{folder / bad[0]} has {found} tokens, by manifest.json {promised} ({len(bad)} such shards): get "
-             "what is missing, move away what isn't listed, or use fewer --train_shards")
+        fail(f"{folder / bad[0]} has {found} tokens, by manifest.json {promised} ({len(bad)} such shards): "
+             "get what is missing, move away what isn't listed, or use fewer --train_shards")
     if manifest["tokenizer"].endswith(".json"):
         get_tokenizer(manifest["tokenizer"], folder)  # SystemExit if it is another now
     n_vocab = manifest["vocab_size"]
@@ -700,11 +698,10 @@ class Windows:
         self.n_windows = int(self.first[-1])
         if self.n_windows < 1:
             fail(f"{folder} has no {split} shard of {block_size + 1} tokens: use a smaller --block_size")
-        if max_tokens is not None:
-            there = self.n_windows * block_size
-            if there < max_tokens:
-                say(f"warning: {folder} has only {there:,} of {max_tokens:,} {split} tokens")
-            self.n_windows = min(self.n_windows, max(1, max_tokens // block_size))
+        there = self.n_windows * block_size
+        if there < (max_tokens or 0):
+            say(f"warning: {folder} has only {there:,} of {max_tokens:,} {split} tokens")
+        self.n_windows = max(1, min(there, max_tokens or there) // block_size)
 
     def __len__(self):
         return self.n_windows
@@ -796,6 +793,7 @@ class Args:
     out: Path | None = None  # folder for the shards; None: data/NAME
     shard_tokens: int = SHARD_TOKENS  # tokens per shard
     tokenizer: str = "gpt2"  # gpt2, its first merges as in gpt2-4096, bytes, or your own tokenizer.json
+    keep_separators: bool = False  # <|endoftext|> in a text is letters, not the beginning of a document
     workers: int = N_CORES  # tokenizer processes; 0: only this one
 
 
@@ -806,27 +804,27 @@ def main():
     if args.files == ():
         fail("--files: name at least one file")
     given = {name for name, value in vars(args).items() if value != getattr(Args, name)}
-    without_use = {"files": ("dataset", "pretokenized"), "pretokenized": ("shard_tokens", "tokenizer")}
-    for name in sorted(without_use.keys() & given):
-        for other in given.intersection(without_use[name]):
-            fail(f"--{name} and --{other} don't go together: leave one of them out")
+    for pair in (("files", "dataset"), ("files", "pretokenized"), ("pretokenized", "shard_tokens"),
+                 ("pretokenized", "tokenizer"), ("pretokenized", "keep_separators")):  # fmt: skip
+        if given.issuperset(pair):
+            fail(f"--{pair[0]} and --{pair[1]} don't go together: leave one of them out")
     n_vocab(args.tokenizer)  # SystemExit if there is no such tokenizer
     for name, least in (("shards", 1), ("shard_tokens", 1024), ("workers", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:  # the header holds an int32
             fail(f"--{name} {value}: must be from {least:,} to 2,147,483,647")
     folder = args.out or Path(f"data/{args.files[0].stem}" if args.files else DATASETS[args.dataset][2])
+    how = (args.shards, args.shard_tokens, args.tokenizer, args.workers, args.keep_separators)
     try:
         if args.verify:
-            verify(folder)
-            return
+            return verify(folder)
         lock(folder, "wait until it ends, or choose another --out")
         if args.pretokenized:
             download_shards(folder, args.dataset, args.shards)
         elif args.files:
-            tokenize_files(folder, args.files, args.shards, args.shard_tokens, args.tokenizer, args.workers)
+            tokenize_files(folder, args.files, *how)
         else:
-            tokenize_hub(folder, args.dataset, args.shards, args.shard_tokens, args.tokenizer, args.workers)
+            tokenize_hub(folder, args.dataset, *how)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: run the same command again to go on after the last shard")
     except BrokenExecutor:
@@ -916,7 +914,7 @@ def lock(folder, advice, wait=False):
 
 
 def in_time(action):
-    """The result of action(), which may wait for ever. Raises TimeoutError after NO_ANSWER seconds."""
+    """The result of action(), or TimeoutError after NO_ANSWER seconds; list_repo_tree() waits for ever."""
     with multiprocessing.pool.ThreadPool(1) as pool:  # whose thread ends with the program
         return pool.apply_async(action).get(NO_ANSWER)
 
@@ -944,9 +942,8 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
 
 def append(path, event, **fields):
     """Adds a line of JSON to a run's log."""
-    begin = "\n" if event == "run" else ""  # after what may be half a line of a killed run
     with one_line(f"{path} can't be written: make room, then --resume"), open(path, "a") as f:
-        f.write(begin + json.dumps({"event": event, **fields}) + "\n")
+        f.write("\n" * (event == "run") + json.dumps({"event": event, **fields}) + "\n")  # after half a line
 
 
 def load_checkpoint(paths, script, fields):

@@ -353,10 +353,33 @@ def lines(*texts):
     ("a.jsonl.gz", gzip.compress(lines(*TEXTS), mtime=0)),
     ("a.jsonl", lines("One.<|endoftext|>", "", "Zwei €.<|endoftext|>Three.<|endoftext|>\n")),
 ], ids=["plain", "odd", "packed", "separators"])  # fmt: skip
-def test_the_same_documents_however_they_are_packed(tmp_path, name, content):
+def test_the_same_documents_however_they_are_packed(tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content)
     in_process(tmp_path / "out", [tmp_path / name])
     assert tokens_of(tmp_path / "out").tolist() == straight(TEXTS).tolist()
+    said = capsys.readouterr().out
+    if b"<|endoftext|>" in content:
+        assert said.startswith("3 times <|endoftext|>") and "--keep_separators" in said
+    else:
+        assert said == ""
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_separators_can_be_kept_as_letters(run, tmp_path, workers):
+    texts = ["One.<|endoftext|>", "<|endoftext|>Two.<|endoftext|>\n", "x" * 3000]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    options = ["--files", "a.jsonl", "--tokenizer", "bytes", "--workers", workers, "--out", "out"]
+    status, said = run(fineweb, *options, "--keep_separators")
+    assert status == 0 and "times <|endoftext|>" not in said, said
+    assert tokens_of(tmp_path / "out").tolist() == straight(texts).tolist()
+    whole = bytes_of(tmp_path / "out")
+    status, said = run(fineweb, *options)
+    assert status == 1 and "keep_separators = True, not None" in said, said
+    assert bytes_of(tmp_path / "out") == whole
+    status, said = run(fineweb, *options[:-1], "parted")
+    assert status == 0 and "3 times <|endoftext|>" in said, said
+    status, said = run(fineweb, *options[:-1], "parted", "--keep_separators")
+    assert status == 1 and "keep_separators = None, not True" in said, said
 
 
 def test_separators_in_a_txt_file_part_documents(tmp_path):
@@ -373,7 +396,6 @@ def test_a_long_run_of_blanks_is_tokenised_in_parts_to_the_same_tokens():
     for blanks in (" " * 70_000, "\n" * 70_000, " " * 50_000, "\t" * 50_001):
         text = "a" + blanks + "word"
         (tokens,) = fineweb.tokenize([text], False, "gpt2")
-        assert len(fineweb.split(text)) == (1 if len(blanks) == 50_000 else 3)
         assert tokens.tolist() == encoding.encode_ordinary(text)
 
 
@@ -412,6 +434,7 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
     (["--files", "a.txt", "--pretokenized"], "--files and --pretokenized"),
     (["--files", "a.txt", "--dataset", "fineweb-edu"], "--files and --dataset"),
     (["--pretokenized", "--shard_tokens", "5000"], "--pretokenized and --shard_tokens"),
+    (["--pretokenized", "--keep_separators"], "--pretokenized and --keep_separators"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_one_line(run, tmp_path, options, message):
     (tmp_path / "a.txt").write_text("some text")
