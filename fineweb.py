@@ -153,8 +153,11 @@ def open_manifest(folder, tokenizer, **wanted):
     if not manifest.get("shards") and not [*folder.glob("*.bin"), *folder.glob("*.npy")]:
         manifest = {**wanted, "complete": False, "shards": []}
     for key, value in wanted.items():
-        if manifest.get(key) != value:
-            fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: "
+        before = manifest.get(key)
+        if key == "files" and before and before != value:  # of thousands the first that differ
+            before, value = next(pair for pair in itertools.zip_longest(before, value) if pair[0] != pair[1])
+        if before != value:
+            fail(f"{folder} holds shards with {key} = {before!r}, not {value!r}: "
                  "choose another folder, or move that one away")
     manifest.setdefault("complete", False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -491,7 +494,7 @@ def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers, 
     for path in paths:
         if not path.is_file() or not TEXT_FILE.search(path.name):
             fail(f"{path} is not a .parquet, .jsonl or .txt file, or .gz or .zst; shards train as they are")
-    files = [[str(path), path.stat().st_size] for path in paths]
+    files = [[path.name, path.stat().st_size] for path in paths]
     n_bytes = sum(size for _, size in files)
     val_tokens = min(shard_tokens, max(1024, n_bytes // 40))  # a tenth of a small text, to leave the rest
     how = {"shard_tokens": shard_tokens, "val_tokens": val_tokens, "keep_separators": keep or None}

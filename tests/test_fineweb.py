@@ -417,6 +417,30 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
     assert bytes_of(tmp_path / "out") == whole
 
 
+def test_of_many_files_the_first_that_differs_is_named(tmp_path, monkeypatch):
+    paths = []
+    for number in range(300):
+        paths.append(tmp_path / f"{number:03d}.txt")
+        paths[-1].write_text(text(10, number))
+    in_process(tmp_path / "out", paths)
+    whole = bytes_of(tmp_path / "out")
+    paths[7].write_text("longer than before " * 10)
+    size = paths[7].stat().st_size
+    with pytest.raises(SystemExit, match=rf"\['007.txt', \d+\], not \['007.txt', {size}\]: choose") as error:
+        in_process(tmp_path / "out", paths)
+    assert "006.txt" not in str(error.value) and "008.txt" not in str(error.value)
+    paths[7].write_text(text(10, 7))
+    for less, fact in ((paths[:-1], r"\['299.txt', \d+\], not None"), (paths[1:], "'000.txt'.* not .*'001.txt'")):
+        with pytest.raises(SystemExit, match=fact):
+            in_process(tmp_path / "out", less)
+    with pytest.raises(SystemExit, match="nowhere.txt is not a") as error:
+        in_process(tmp_path / "out", [*paths[:5], tmp_path / "nowhere.txt", *paths[6:]])
+    assert "000.txt" not in str(error.value)
+    monkeypatch.chdir(tmp_path)
+    in_process(tmp_path / "out", [Path(path.name) for path in paths])  # the same, spelt otherwise
+    assert bytes_of(tmp_path / "out") == whole
+
+
 @pytest.mark.parametrize("options, message", [
     (["--shards", "0"], "--shards 0: "),
     (["--shards", "-1"], "--shards -1: "),
