@@ -3,10 +3,7 @@ FineWeb as token shards: the writer (run this file) and the loader (the
 training scripts import it).
 
     python fineweb.py                        # FineWeb sample-10BT
-    python fineweb.py --shards 10            # a small start; more to continue
     python fineweb.py --pretokenized         # the same tokens, ready-made
-    python fineweb.py --dataset fineweb-edu  # the educational subset
-    python fineweb.py --sample               # 1 MB of English, no network
     python fineweb.py --verify --out DIR     # check every shard
     python fineweb.py --files a.jsonl b.txt c.parquet --out data/mine
 
@@ -25,10 +22,11 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import itertools
 import json
 import mmap
-import multiprocessing
+import multiprocessing.pool
 import os
 import re
 import shlex
@@ -38,10 +36,8 @@ import sys
 import threading
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
@@ -52,8 +48,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-# torch, pyarrow, huggingface_hub, tyro and tqdm are imported where they are used: a tokenizer process
-# needs none of them, and torch alone would cost each 200 MB.
+# torch, pyarrow and others are imported where they are used: torch alone would cost each worker 200 MB
 
 MAGIC = [20240520, 1]  # and the version of the format
 HEADER_BYTES = 1024
@@ -64,7 +59,10 @@ DATASETS = {  # name: (repository of the text on the hub, of ready-made shards, 
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "kjj0/finewebedu10B-gpt2", "data/fineweb-edu10B"),
 }
 SAMPLE = "data/sample"
+END = "<|endoftext|>"
+ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # of a text, in others' tokenizers
 DOWNLOADS = ".fineweb.download"  # below a dataset's folder; whatever is in it is ours
+N_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # we may use
 NO_ANSWER = 60  # seconds to wait for a library that would wait for ever
 
 
@@ -74,22 +72,38 @@ NO_ANSWER = 60  # seconds to wait for a library that would wait for ever
 
 def shard_header(n_tokens):
     """The first 1,024 bytes of a shard."""
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = *MAGIC, n_tokens
-    return header.tobytes()
+    return np.array([*MAGIC, n_tokens] + 253 * [0], dtype=np.int32).tobytes()
 
 
 def shard_tokens(path):
-    """The number of tokens in a shard, from its header. SystemExit for a foreign or truncated file."""
-    again = "remove it and run the fineweb.py command that made it again"
+    """The number n of tokens in a shard, the last 2n bytes of its file. SystemExit for another file.
+
+    Ours and llm.c's have a header, nanoGPT's train.bin and val.bin have none, build-nanogpt's are .npy.
+    """
+    again = "make it again, or get it again from where it came"
     with one_line(f"{path} can't be read: {again}"), open(path, "rb") as f:
         header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype=np.int32)
     n_tokens = int(header[2])
-    if header[:2].tolist() != MAGIC:
-        fail(f"{path} is not a token shard, which begins with {MAGIC}: {again}")
-    if path.stat().st_size != HEADER_BYTES + 2 * n_tokens:
-        fail(f"{path} is truncated, its header promises {n_tokens:,} tokens: {again}")
-    return n_tokens
+    if header[:2].tolist() == MAGIC:
+        if path.stat().st_size != HEADER_BYTES + 2 * n_tokens:
+            fail(f"{path} is truncated, its header promises {n_tokens:,} tokens: {again}")
+        return n_tokens
+    if header[0] == 20240801:
+        fail(f"{path} holds LLaMA 3's tokens in 32 bits, as llm.c writes them: only 16 bits can be read here")
+    with contextlib.suppress(Exception):  # a file can hold anything
+        is_bare = path.name in ("train.bin", "val.bin")
+        tokens = np.memmap(path, np.uint16, "r") if is_bare else np.load(path, mmap_mode="r")
+        begin = tokens[: 1 << 20]
+        # half of 32-bit tokens would be zeros, which are "!", and other vocabularies end texts otherwise
+        looks_right = begin.max() < 50257 and 50256 in begin and np.mean(begin == 0) < 0.2
+        if looks_right and tokens.dtype == np.uint16 and tokens.ndim == 1:
+            return len(tokens)
+    fail(f"{path} is not a token shard, with {MAGIC} first or GPT-2's tokens in 16 bits: {again}")
+
+
+def of_split(names, split):
+    """Those of some names of files that are of "train" or "val" shards, ours or others', in order."""
+    return sorted(name for name in names if re.fullmatch(rf"(.*_)?{split}(_\d+)?\.(bin|npy)", name))
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -111,6 +125,7 @@ class Manifest(TypedDict):
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
     shard_tokens: NotRequired[Count]  # of a training shard; not there if ready-made
     val_tokens: NotRequired[Count]  # of the first one
+    keep_separators: NotRequired[bool | None]  # <|endoftext|> in a text is letters, if true
     complete: NotRequired[bool]  # the source has been read to its end
     shards: list[Shard]
 
@@ -132,15 +147,22 @@ def write_manifest(folder, manifest):
 
 def open_manifest(folder, tokenizer, **wanted):
     """The folder's manifest, or a new one. Raises SystemExit if shards are there that are not as wanted."""
-    wanted |= {"tokenizer": tokenizer, "vocab_size": n_vocab(tokenizer)}
+    own = get_tokenizer(tokenizer) if tokenizer.endswith(".json") else None
+    wanted |= {"tokenizer": own.name if own else tokenizer, "vocab_size": n_vocab(tokenizer)}
     manifest = read_manifest(folder) or {}
-    if not manifest.get("shards") and not list(folder.glob("*.bin")):
-        return {**wanted, "complete": False, "shards": []}
+    if not manifest.get("shards") and not [*folder.glob("*.bin"), *folder.glob("*.npy")]:
+        manifest = {**wanted, "complete": False, "shards": []}
     for key, value in wanted.items():
-        if manifest.get(key) != value:
-            fail(f"{folder} holds shards with {key} = {manifest.get(key)!r}, not {value!r}: "
+        before = manifest.get(key)
+        if key == "files" and before and before != value:  # of thousands the first that differ
+            before, value = next(pair for pair in itertools.zip_longest(before, value) if pair[0] != pair[1])
+        if before != value:
+            fail(f"{folder} holds shards with {key} = {before!r}, not {value!r}: "
                  "choose another folder, or move that one away")
     manifest.setdefault("complete", False)
+    folder.mkdir(parents=True, exist_ok=True)
+    if own:
+        write_atomic(folder / own.name, lambda f: f.write(own.content))
     return manifest
 
 
@@ -158,13 +180,10 @@ def sha256(path):
 def verify(folder):
     """Checks every shard against the manifest. Raises SystemExit that names the bad ones."""
     manifest = read_manifest(folder) or fail(f"{folder} has no manifest.json to check against")
-    bad = []
-    for shard in manifest["shards"]:
-        path = folder / shard["name"]
-        if not is_whole(folder, shard) or sha256(path) != shard["sha256"]:
-            bad.append(str(path))
-    print(f"{folder}: {len(manifest['shards']) - len(bad)} of {len(manifest['shards'])} shards are good")
-    if bad or not manifest["shards"]:
+    known = {folder / shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    bad = [str(path) for path in known if not path.is_file() or sha256(path) != known[path]]
+    print(f"{folder}: {len(known) - len(bad)} of {len(known)} shards are good")
+    if bad or not known:
         fail(f"bad or missing: remove {' '.join(bad)} and run the command that made the folder again")
 
 
@@ -175,32 +194,34 @@ def verify(folder):
 def read_documents(path, first_row=0):
     """Yields (row, documents, new): a MB of consecutive documents of a .parquet, .jsonl or .txt file.
 
-    row: the number of the first of them in the file; those before first_row are left out.
-    documents: a list of str. new: False if the text continues the one before, as in a .txt file, which
-    is read in pieces of 1 MB. Raises SystemExit for a file that is not what it should be.
+    row: the number of the first of them in the file, from first_row on. documents: a list of str. new:
+    False if the text continues the one before, as in a .txt file, which is read in pieces of 1 MB. Raises
+    SystemExit for a file that is not what it should be.
     """
-    is_txt = ".txt" in path.suffixes
-    reader = read_parquet if path.suffix == ".parquet" else read_txt if is_txt else read_jsonl
+    import fsspec
+
+    kind = TEXT_FILE.search(path.name)[1]
     documents = []
     size = 0
     try:
-        for number, text in enumerate(itertools.chain(reader(path), [None])):
-            if text is not None and number >= first_row:
-                documents.append(text)
-                size += len(text)
-            if documents and (text is None or size >= 1 << 20):
-                row = number + (text is not None) - len(documents)
-                yield row, documents, row == 0 or not is_txt
-                documents = []
-                size = 0
+        with fsspec.open(str(path.absolute()), compression="infer") as f:
+            for number, text in enumerate(itertools.chain(READERS[kind](f), [None])):
+                if text is not None and number >= first_row:
+                    documents.append(text)
+                    size += len(text)
+                if documents and (text is None or size >= 1 << 20):
+                    row = number + (text is not None) - len(documents)
+                    yield row, documents, row == 0 or kind != "txt"
+                    documents = []
+                    size = 0
     except Exception as error:  # a damaged file can raise anything
         fail(f"{path} can't be read ({' '.join(str(error).split())}): correct it, or leave it out")
 
 
-def read_parquet(path):
+def read_parquet(f):
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
+    with pyarrow.parquet.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20) as parquet:
         for batch in parquet.iter_batches(64, columns=["text"]):
             for text in batch.column("text").to_pylist():
                 if not isinstance(text, str | None):
@@ -208,49 +229,91 @@ def read_parquet(path):
                 yield text or ""
 
 
-def read_jsonl(path):
-    import fsspec
-
-    with fsspec.open(str(path.absolute()), compression="infer") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    text = json.loads(line.decode("utf-8-sig"))["text"] or ""
-                    text.encode()  # not every string of JSON is text: "\ud800" is half a character
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    fail(f'{path}, line {number} is not {{"text": "…"}}: correct it or leave it out')
-                yield text
+def read_jsonl(f):
+    for number, line in enumerate(f, 1):
+        if line.strip():
+            try:
+                text = json.loads(line.decode("utf-8-sig"))["text"] or ""
+                text.encode()  # not every string of JSON is text: "\ud800" is half a character
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ValueError(f'line {number} is not {{"text": "…"}}')
+            yield text
 
 
-def read_txt(path):
-    import fsspec
+def read_txt(f):
+    f = io.TextIOWrapper(f, "utf-8-sig")
+    while lines := f.readlines(1 << 20):
+        yield "".join(lines)
 
-    with fsspec.open(str(path.absolute()), "rt", encoding="utf-8-sig", compression="infer") as f:
-        while lines := f.readlines(1 << 20):
-            yield "".join(lines)
+
+READERS = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
+TEXT_FILE = re.compile(r"\.(parquet|jsonl|txt)(\.gz|\.zst)?$")
 
 
 # ==========================================================================
-# Tokenizers
+# Tokenizers, and tokenising in order on all cores
 
 
 def n_vocab(name):
-    """The number of ids of a tokenizer, the last of which is <|endoftext|>. SystemExit if it is unknown."""
+    """The number of ids of a tokenizer by name, or of the tokenizer.json at a path. SystemExit if unknown."""
+    if name.endswith(".json"):
+        return get_tokenizer(name).n_vocab
     if re.fullmatch("gpt2(-[0-9]{3,5})?|bytes", name):
         n = {"gpt2": 50257, "bytes": 257}.get(name) or int(name[5:])
         if 257 <= n <= 50257:
             return n
-    fail(f"unknown tokenizer {name!r}: choose gpt2, bytes, or gpt2-N with N from 257 to 50,257")
+    fail(f"unknown tokenizer {name!r}: choose gpt2, bytes, gpt2-N with N from 257 to 50,257, or a .json file")
+
+
+class OwnTokenizer:
+    """A Hugging Face tokenizer.json, by what a tiktoken.Encoding has. SystemExit if it can't be used."""
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer
+
+            self.content = Path(path).read_bytes()
+            self.inner = Tokenizer.from_buffer(self.content)
+        except ImportError:
+            fail(f"{path} needs the package tokenizers: pip install tokenizers")
+        except Exception as error:  # the package raises no other
+            fail(f"{path} is not a tokenizer.json of Hugging Face ({error}): give another --tokenizer")
+        self.inner.no_truncation()  # what the file says of these is for other uses
+        self.inner.no_padding()
+        self.inner.encode_special_tokens = True  # whose letters in a text are letters, as in tiktoken
+        self.name = f"tokenizer-{hashlib.sha256(self.content).hexdigest()[:16]}.json"  # and its copy's
+        ids = self.inner.get_vocab()
+        self.n_vocab = max(ids.values(), default=0) + 1
+        self.end = next((token for token in ENDS if token in ids), None)
+        if self.end is None or self.n_vocab > 1 << 16:
+            fail(f"{path} has {self.n_vocab:,} ids and {self.end or 'nothing'} to end a text: at most 65,536 "
+                 f"fit into shards, and it needs one of {' '.join(ENDS)}")
+        self.eot_token = ids[self.end]
+
+    def encode_ordinary(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text, **_):
+        return np.array(self.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, tokens):
+        # after another token, since many decoders take a space before the first away
+        return self.inner.decode([self.eot_token, *tokens], skip_special_tokens=False).removeprefix(self.end)
 
 
 @functools.cache
 def get_tokenizer(name, folder=None):
-    """The tiktoken.Encoding called name, in which <|endoftext|> is the last id.
+    """The tiktoken.Encoding called name, in which <|endoftext|> is the last id, or the OwnTokenizer.
 
     "gpt2"; "gpt2-4096", or another number: GPT-2's first merges, so many ids in all; "bytes": the 256
-    values and no merges. folder: the dataset's, which these don't need. GPT-2's vocabulary is read from
-    data/gpt2 if it is there, else from tiktoken's cache, else downloaded. SystemExit if that fails.
+    values and no merges; a .json file, in a dataset's folder if that is given. GPT-2's vocabulary is read
+    from data/gpt2 if it is there, else from tiktoken's cache, else downloaded. SystemExit if that fails.
     """
+    if name.endswith(".json"):
+        own = OwnTokenizer(Path(folder or "") / name)
+        if folder and own.name != name:
+            fail(f"{folder}/{name} has changed since the shards were made: put the old one back")
+        return own
     n_ranks = n_vocab(name) - 1
     special = {"<|endoftext|>": n_ranks}
     if name == "bytes":
@@ -265,9 +328,8 @@ def get_tokenizer(name, folder=None):
         ranks = {token: rank for token, rank in ranks.items() if rank < n_ranks}
         return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
     except Exception as error:  # of the network, a proxy or a file: the way out is the same
-        fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): connect to the network "
-             "once, set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or put vocab.bpe and "
-             "encoder.json into data/gpt2/")
+        fail(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): go online once, set "
+             "TIKTOKEN_CACHE_DIR to a filled cache, or put vocab.bpe and encoder.json into data/gpt2/")
 
 
 def try_tokenizer(name, folder=None):
@@ -279,10 +341,6 @@ def try_tokenizer(name, folder=None):
         return None
 
 
-# ==========================================================================
-# Tokenising in order, on all cores
-
-
 def start_worker():
     def end_with_main():  # which may be killed and then says nothing
         multiprocessing.parent_process().join()
@@ -292,57 +350,50 @@ def start_worker():
     threading.Thread(target=end_with_main, daemon=True).start()
 
 
-def split(text):
-    """The text in parts, cut in runs of 50,000 blanks, which would overflow the stack of tiktoken's regex."""
-    return re.split(r"(\s{50000}(?=\s))", text) if len(text) > 50_000 else [text]
+def tokenize(documents, new, tokenizer, folder=None, keep=False):
+    """The tokens of each document, uint16, of what read_documents() yields, after <|endoftext|> if it is new.
 
-
-def tokenize(documents, new, tokenizer):
-    """(all tokens, uint16; the number of tokens of each document) of what read_documents() yields.
-
-    Each document is preceded by <|endoftext|>, unless new is False; where a text has that, a new one begins.
+    A new one begins also where a text has that, unless keep makes it letters.
     """
-    encoding = get_tokenizer(tokenizer)
-    parts = []
+    encoding = get_tokenizer(tokenizer, folder)
+    tokens = []
     for text in documents:
-        pieces = [[encoding.eot_token] if new else []]
-        for number, document in enumerate(text.split("<|endoftext|>")):  # others' separators are ours
-            if number > 0 and document.strip():
-                pieces.append([encoding.eot_token])
+        pieces = []
+        for number, document in enumerate([text] if keep else text.split(END)):
             if number == 0 or document.strip():
-                pieces += [encoding.encode_to_numpy(part, disallowed_special=()) for part in split(document)]
-        parts.append(np.concatenate(pieces).astype(np.uint16))
-    return np.concatenate(parts), np.array([len(part) for part in parts])
+                pieces.append([encoding.eot_token] if new or number > 0 else [])
+                # cut in runs of 50,000 blanks, which would overflow the stack of tiktoken's regex
+                parts = re.split(r"(\s{50000}(?=\s))", document) if len(document) > 50_000 else [document]
+                pieces += [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
+        tokens.append(np.concatenate(pieces).astype(np.uint16))
+    return tokens
 
 
-def tokenized(source, tokenizer, workers, first_file, first_row):
-    """Yields (file, row, tokens, counts) in the order of the source, from one document on.
+def tokenized(source, manifest, folder, workers, first_file, first_row):
+    """Yields (file, row, the tokens of that and the next documents) in the source's order, from one on.
 
     source: for each file a function of a row, which yields what read_documents() does from there on.
-    The result is the same for any number of workers; 0 tokenises in this process.
     """
-
-    def batches():
-        for i in range(first_file, len(source)):
-            for row, documents, new in source[i](first_row if i == first_file else 0):
-                yield i, row, (documents, new, tokenizer)
-
-    if workers == 0:
-        for i, row, batch in batches():
-            yield i, row, *tokenize(*batch)
-        return
-    # spawn, not fork: a forked child inherits locks that other threads may hold at that moment, and
-    # can hang. And it is the only way under Windows.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        queue = []
-        for i, row, batch in batches():
-            queue.append((i, row, pool.submit(tokenize, *batch)))
-            # enough waiting that no worker is idle, few enough to bound the memory
-            if len(queue) > 4 * workers:
-                i, row, future = queue.pop(0)
-                yield i, row, *future.result()
-        for i, row, future in queue:
-            yield i, row, *future.result()
+    keep = bool(manifest.get("keep_separators"))
+    encode = functools.partial(tokenize, tokenizer=manifest["tokenizer"], folder=folder, keep=keep)
+    context = multiprocessing.get_context("spawn")  # a fork inherits other threads' locks, and can hang
+    pool = ProcessPoolExecutor(workers, context, start_worker) if workers else ThreadPoolExecutor(1)
+    queue = []
+    n_ends = 0
+    try:
+        with pool:
+            for i in range(first_file, len(source)):
+                for row, documents, new in source[i](first_row if i == first_file else 0):
+                    n_ends += sum(text.count(END) for text in documents)
+                    queue.append((i, row, pool.submit(encode, documents, new)))
+                    if len(queue) > 4 * workers:  # enough that none is idle, few enough to bound the memory
+                        file, first, future = queue.pop(0)
+                        yield file, first, future.result()
+            for file, first, future in queue:
+                yield file, first, future.result()
+    finally:
+        if n_ends and not keep:
+            say(f"{n_ends:,} times {END} in the text began a document; --keep_separators makes it letters")
 
 
 # ==========================================================================
@@ -353,9 +404,8 @@ def start_folder(folder, manifest, total):
     """Prepares a folder for about total tokens; returns the progress bar. SystemExit if the disk is full."""
     from tqdm import tqdm
 
-    folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():  # what a killed write_atomic() leaves
-        if re.fullmatch(r"(manifest\.json|fineweb_(val|train)_\d{6}\.bin)\.\d+\.tmp", path.name):
+        if re.fullmatch(r"(manifest|tokenizer-\w{16}|fineweb_\w+_\d{6})\.(json|bin)\.\d+\.tmp", path.name):
             path.unlink()
     done = sum(shard["tokens"] for shard in manifest["shards"] if is_whole(folder, shard))
     need = 2 * (total - done)
@@ -365,25 +415,21 @@ def start_folder(folder, manifest, total):
              "choose another --out, or start small with --shards N")
     if not manifest["shards"]:  # it comes first: what stands in it is known to be ours
         write_manifest(folder, manifest)
-    bar = tqdm(desc=folder.name, total=total, initial=done, unit=" tokens", unit_scale=True)
-    bar.mininterval = 1 if sys.stderr.isatty() else 30  # seconds: a log file needs fewer updates
-    return bar
+    return tqdm(desc=folder.name, total=total, initial=done, unit=" tokens", unit_scale=True, mininterval=5)
 
 
-def write_shards(folder, manifest, source, last_shard, total, workers):
-    """Writes the shards that are missing, up to number last_shard (None: all).
-
-    source: as tokenized() takes it. total: an estimate of its tokens.
-    """
+def write_shards(folder, manifest, source, last_shard, n_bytes, workers):
+    """Writes the missing shards of tokenized()'s source, of some n_bytes, up to last_shard (None: all)."""
     shards = manifest["shards"]
+    total = n_bytes // (1 if manifest["tokenizer"] == "bytes" else 4)  # tokens
     if manifest["complete"]:
         total = sum(shard["tokens"] for shard in shards)
     elif last_shard is not None:
         total = min(total, manifest["val_tokens"] + last_shard * manifest["shard_tokens"])
     if any(shard.get("next") is None for shard in shards[: -1 if manifest["complete"] else None]):
         fail(f"{folder}/manifest.json doesn't say where each shard begins: choose another folder")
-    get_tokenizer(manifest["tokenizer"])  # if this fails, then here, once, and not in every worker
-    tokens_from = functools.partial(tokenized, source, manifest["tokenizer"], workers)
+    get_tokenizer(manifest["tokenizer"], folder)  # if this fails, then here, once, and not in every worker
+    tokens_from = functools.partial(tokenized, source, manifest, folder, workers)
     with start_folder(folder, manifest, total) as bar:
         for number, shard in enumerate(list(shards)):
             if not is_whole(folder, shard):
@@ -392,51 +438,43 @@ def write_shards(folder, manifest, source, last_shard, total, workers):
         if not manifest["complete"] and (last_shard is None or len(shards) <= last_shard):
             write_range(folder, manifest, tokens_from, len(shards), last_shard, bar)
         bar.total = bar.n
-    if not shards:
-        fail("there is no text in the source, so no shard was written: give files with text")
 
 
-def write_range(folder, manifest, tokens_from, first, last, bar):
-    """Writes shards number first to last; last None, or beyond the end of the source: to the end."""
+def write_range(folder, manifest, tokens_from, number, last, bar):
+    """Writes shards from this number to last; last None, or beyond the end of the source: to the end."""
     shards = manifest["shards"]
-    file, row, skip = shards[first - 1]["next"] if first else (0, 0, 0)
-    number = first
-    room = manifest["shard_tokens" if first else "val_tokens"]  # left in this shard
-    parts = []  # of its tokens
-    for file, row, tokens, counts in tokens_from(file, row):
-        ends = np.cumsum(counts)
-        taken = skip  # the beginning of the very first document may stand in the shard before
-        skip = 0
-        while taken < len(tokens):
-            parts.append(tokens[taken : taken + room])
-            n = len(parts[-1])
-            room -= n
-            taken += n
-            bar.update(n)
-            if room:
-                break
-            document = int(np.searchsorted(ends, taken, side="right"))  # the next token's
-            begin = int(ends[document - 1]) if document else 0
-            finish_shard(folder, manifest, number, parts, [file, row + document, taken - begin])
-            if number == last:
-                return
-            number += 1
-            room = manifest["shard_tokens"]
-            parts = []
-    if parts or number < len(shards):
-        finish_shard(folder, manifest, number, parts, None)
+    file, row, skip = shards[number - 1]["next"] if number else (0, 0, 0)
+    content = bytearray(HEADER_BYTES)
+    for file, first_row, documents in tokens_from(file, row):
+        for row, tokens in enumerate(documents, first_row):
+            taken = skip  # the beginning of the very first document may stand in the shard before
+            skip = 0
+            while taken < len(tokens):
+                end = HEADER_BYTES + 2 * manifest["shard_tokens" if number else "val_tokens"]
+                part = tokens[taken : taken + (end - len(content)) // 2]
+                content += part.tobytes()
+                taken += len(part)
+                bar.update(len(part))
+                if len(content) == end:
+                    next_one = [file, row, taken] if taken < len(tokens) else [file, row + 1, 0]
+                    finish_shard(folder, manifest, number, content, next_one)
+                    if number == last:
+                        return
+                    number += 1
+                    content = bytearray(HEADER_BYTES)
+    if len(content) > HEADER_BYTES or number < len(shards):
+        finish_shard(folder, manifest, number, content, None)
     elif shards:
         manifest["complete"] = True
         write_manifest(folder, manifest)
 
 
-def finish_shard(folder, manifest, number, parts, position):
+def finish_shard(folder, manifest, number, content, position):
     """Writes a shard's file, then its line in the manifest; position: where the next one begins."""
     name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
-    n_tokens = sum(map(len, parts))
-    content = shard_header(n_tokens) + b"".join(parts)
-    checksum = hashlib.sha256(content).hexdigest()
-    shard = {"name": name, "tokens": n_tokens, "sha256": checksum, "next": position}
+    n = (len(content) - HEADER_BYTES) // 2
+    content[:HEADER_BYTES] = shard_header(n)
+    shard = {"name": name, "tokens": n, "sha256": hashlib.sha256(content).hexdigest(), "next": position}
     shards = manifest["shards"]
     if number < len(shards) and shards[number] != shard:
         fail(f"{name} came out different from before: the source has changed, start again in another folder")
@@ -448,27 +486,21 @@ def finish_shard(folder, manifest, number, parts, position):
 
 
 # ==========================================================================
-# Local files
+# Sources: local files, the Hugging Face hub, the offline sample
 
 
-def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers):
+def tokenize_files(folder, paths, last_shard, shard_tokens, tokenizer, workers, keep=False):
     """Writes the tokens of local .jsonl, .txt and .parquet files as shards."""
     for path in paths:
-        if not path.is_file() or not re.search(r"\.(parquet|(jsonl|txt)(\.gz|\.zst)?)$", path.name):
-            fail(f"{path} is not a .parquet, .jsonl or .txt file (the latter two also with .gz or .zst)")
-    files = [[str(path), path.stat().st_size] for path in paths]
+        if not path.is_file() or not TEXT_FILE.search(path.name):
+            fail(f"{path} is not a .parquet, .jsonl or .txt file, or .gz or .zst; shards train as they are")
+    files = [[path.name, path.stat().st_size] for path in paths]
     n_bytes = sum(size for _, size in files)
-    # about a tenth of a small text is for validation, so that something is left to train on
-    val_tokens = min(shard_tokens, max(1024, n_bytes // 40))
-    sizes = {"shard_tokens": shard_tokens, "val_tokens": val_tokens}
-    manifest = open_manifest(folder, tokenizer, dataset="files", revision=None, files=files, **sizes)
-    total = n_bytes // (1 if tokenizer == "bytes" else 4)  # of plain text; parquet is denser
+    val_tokens = min(shard_tokens, max(1024, n_bytes // 40))  # a tenth of a small text, to leave the rest
+    how = {"shard_tokens": shard_tokens, "val_tokens": val_tokens, "keep_separators": keep or None}
+    manifest = open_manifest(folder, tokenizer, dataset="files", revision=None, files=files, **how)
     source = [functools.partial(read_documents, path) for path in paths]
-    write_shards(folder, manifest, source, last_shard, total, workers)
-
-
-# ==========================================================================
-# The Hugging Face hub: text, and ready-made shards
+    write_shards(folder, manifest, source, last_shard, n_bytes, workers)
 
 
 def hub_files(folder, repo, prefix, suffix):
@@ -486,7 +518,6 @@ def hub_files(folder, repo, prefix, suffix):
         return revision, sorted((file.path, file) for file in tree if file.path.endswith(suffix))
 
     try:
-        # list_repo_tree() waits for ever, whatever time-out the client has
         revision, files = retrying(f"the file list of {repo}", lambda: in_time(ask))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         fail(f"{repo}: the hub doesn't answer as it should: does this network want a login first?")
@@ -497,29 +528,27 @@ def hub_files(folder, repo, prefix, suffix):
 
 def fetch(repo, file, revision, folder):
     """Downloads a RepoFile, or the rest of it, below folder, until it is as the hub says; its path."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import hf_hub_download, utils
 
-    disable_progress_bars()  # ours counts tokens
+    utils.disable_progress_bars()  # ours counts tokens
 
     def download():
         path = hf_hub_download(repo, file.path, repo_type="dataset", revision=revision, local_dir=folder)
-        size = os.path.getsize(path)
-        if size == file.size and (file.lfs is None or sha256(path) == file.lfs.sha256):
+        if os.path.getsize(path) == file.size and (file.lfs is None or sha256(path) == file.lfs.sha256):
             return Path(path)
         os.remove(path)
-        raise OSError(f"arrived damaged, {size:,} of {file.size:,} bytes, or another checksum")
+        raise OSError("it arrived damaged: its size or checksum is another")
 
     return retrying(file.path, download)
 
 
-def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
+def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers, keep=False):
     """Writes the tokens of a dataset's parquet files, each downloaded, read and deleted, as shards."""
     repo = DATASETS[dataset][0]
     origin, files = hub_files(folder, repo, "sample/10BT", ".parquet")
-    manifest = open_manifest(folder, tokenizer, **origin, shard_tokens=shard_tokens, val_tokens=shard_tokens)
-    # a byte of parquet is about two bytes of text, or a third of a GPT-2 token
-    total = sum(file.size for file in files.values()) * 2 // (1 if tokenizer == "bytes" else 6)
+    how = {"shard_tokens": shard_tokens, "val_tokens": shard_tokens, "keep_separators": keep or None}
+    manifest = open_manifest(folder, tokenizer, **origin, **how)
+    n_bytes = 2 * sum(file.size for file in files.values())  # of text, about
 
     def read(file, first_row):
         path = fetch(repo, file, origin["revision"], folder / DOWNLOADS)
@@ -527,7 +556,7 @@ def tokenize_hub(folder, dataset, last_shard, shard_tokens, tokenizer, workers):
         path.unlink()
 
     source = [functools.partial(read, file) for file in files.values()]
-    write_shards(folder, manifest, source, last_shard, total, workers)
+    write_shards(folder, manifest, source, last_shard, n_bytes, workers)
     shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
 
 
@@ -551,10 +580,6 @@ def download_shards(folder, dataset, last_shard):
     shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
 
 
-# ==========================================================================
-# The offline sample
-
-
 def write_sample(folder=SAMPLE):
     """Writes the offline dataset, in bytes, if it isn't there. SystemExit if something else is."""
     folder = Path(folder)
@@ -566,11 +591,10 @@ def write_sample(folder=SAMPLE):
     lock(folder, "wait until it ends", wait=True)
     try:
         documents = sample_documents()
-        n_tokens = sum(len(text) + 1 for text in documents)
         origin |= {"revision": sys.version.split()[0], "shard_tokens": SHARD_TOKENS, "val_tokens": 2**17 + 1}
         manifest = open_manifest(folder, "bytes", **origin)
         source = [lambda row: [(row, documents[row:], True)]]
-        write_shards(folder, manifest, source, last_shard=None, total=n_tokens, workers=0)
+        write_shards(folder, manifest, source, last_shard=None, n_bytes=1 << 20, workers=0)
     finally:
         locks.pop(folder.resolve()).release()
 
@@ -598,8 +622,7 @@ def sample_documents():
         seen.update(new)
         if new:
             documents.append("\n\n".join(new) + "\n")
-    # by their hash, so that the beginning, which is for validation, is a fair sample of the whole
-    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())  # shuffled
 
 
 def is_prose(text):
@@ -621,7 +644,9 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     this returned when the run began. Raises SystemExit for whatever doesn't fit.
     """
     folder = Path(folder)
-    counts = {path.name: shard_tokens(path) for path in sorted(folder.glob("*.bin"))}
+    names = [path.name for path in folder.glob("*")]
+    names = of_split(names, "val") + of_split(names, "train")[:train_shards]
+    counts = {name: shard_tokens(folder / name) for name in sorted(names)}
     if not counts:
         fail(f"no token shards in {folder}: run `python fineweb.py`, or train offline with --tiny")
     manifest = read_manifest(folder)
@@ -630,32 +655,29 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
         shards = [{"name": name, "tokens": count} for name, count in counts.items()]
         manifest = {"dataset": "unknown", "tokenizer": "gpt2", "vocab_size": 50257, "shards": shards}
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-    for name in sorted(listed.keys() | counts.keys()):
-        if listed.get(name) != counts.get(name):
-            found, promised = counts.get(name, "no"), listed.get(name, "none")
-            fail(f"{folder / name} has {found} tokens, by manifest.json {promised}: run the fineweb.py "
-                 "command that made the folder again, or remove the file")
+    wanted = of_split(listed, "val") + of_split(listed, "train")[:train_shards]
+    bad = [name for name in dict.fromkeys(wanted + names) if listed.get(name) != counts.get(name)]
+    if bad:
+        found, promised = counts.get(bad[0], "no"), listed.get(bad[0], "none")
+        fail(f"{folder / bad[0]} has {found} tokens, by manifest.json {promised} ({len(bad)} such shards): "
+             "get what is missing, move away what isn't listed, or use fewer --train_shards")
+    if manifest["tokenizer"].endswith(".json"):
+        get_tokenizer(manifest["tokenizer"], folder)  # SystemExit if it is another now
     n_vocab = manifest["vocab_size"]
     if n_vocab > vocab_size:
-        enough = -(-n_vocab // 128) * 128  # a multiple of 128 suits a GPU
         fail(f"{folder} has a vocabulary of {n_vocab:,}, the model one of {vocab_size:,}: "
-             f"use another --data_dir or --vocab_size {enough}")
-    # the Loader looks at each training batch; the validation shard is looked at once, here
-    for name in counts:
-        if "_val_" in name and counts[name]:
-            largest = map_shard(folder / name, at_random=False).max()
-            if largest >= n_vocab:
-                fail(f"token {largest} in {folder / name} is beyond the vocabulary of {n_vocab:,}: "
-                     f"run `python fineweb.py --verify --out {folder}`")
-    training = sorted(name for name in counts if "_train_" in name)
-    unused = [] if train_shards is None else training[train_shards:]
-    kept = [shard for shard in manifest["shards"] if shard["name"] not in unused]
-    identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in kept]
+             f"use another --data_dir or --vocab_size {-(-n_vocab // 128) * 128}")
+    for name in of_split(counts, "val"):  # the Loader looks at each training batch
+        largest = map_shard(folder / name, at_random=False).max(initial=0)
+        if largest >= n_vocab:
+            fail(f"token {largest} in {folder / name} is beyond the vocabulary of {n_vocab:,}: "
+                 f"run `python fineweb.py --verify --out {folder}`")
+    used = [shard for shard in manifest["shards"] if shard["name"] in wanted]
+    identity = [[shard["name"], shard["tokens"], shard.get("sha256")] for shard in used]
     data = {key: manifest[key] for key in ("dataset", "tokenizer", "vocab_size")}
     data["fingerprint"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     if before and before["tokenizer"] != data["tokenizer"]:
-        fail(f"{folder} holds {data['tokenizer']} tokens, the model was trained on "
-             f"{before['tokenizer']} tokens: choose the right --data_dir")
+        fail(f"{folder} has {data['tokenizer']} tokens, the run {before['tokenizer']} ones: mend --data_dir")
     if before and before["fingerprint"] not in ("", data["fingerprint"]):  # "" if imported
         say(f"warning: {folder} is not the data that the run began with, so its batches are others now")
     return data
@@ -671,19 +693,18 @@ class Windows:
 
     def __init__(self, folder, split, block_size, max_shards=None, max_tokens=None):
         self.block_size = block_size
-        paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))[:max_shards]
-        self.shards = [map_shard(path, at_random=split == "train") for path in paths]
-        counts = [(len(shard) - 1) // block_size for shard in self.shards]
+        names = of_split(os.listdir(folder), split)[:max_shards]
+        self.shards = [map_shard(Path(folder) / name, at_random=split == "train") for name in names]
+        counts = [max(0, len(shard) - 1) // block_size for shard in self.shards]
         # (number of shards + 1,): the number of each shard's first window, then of all windows
-        self.first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        self.first = np.cumsum([0, *counts], dtype=np.int64)
         self.n_windows = int(self.first[-1])
         if self.n_windows < 1:
             fail(f"{folder} has no {split} shard of {block_size + 1} tokens: use a smaller --block_size")
-        if max_tokens is not None:
-            there = self.n_windows * block_size
-            if there < max_tokens:
-                say(f"warning: {folder} has only {there:,} of {max_tokens:,} {split} tokens")
-            self.n_windows = min(self.n_windows, max(1, max_tokens // block_size))
+        there = self.n_windows * block_size
+        if there < (max_tokens or 0):
+            say(f"warning: {folder} has only {there:,} of {max_tokens:,} {split} tokens")
+        self.n_windows = max(1, min(there, max_tokens or there) // block_size)
 
     def __len__(self):
         return self.n_windows
@@ -702,10 +723,9 @@ def map_shard(path, at_random):
     """A shard's tokens (n,) uint16, read from the disk by the system when they are looked at."""
     with open(path, "rb") as f:
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    # the system reads ahead, for windows at random places 40 times what we need
-    if at_random and hasattr(mmap, "MADV_RANDOM"):
+    if at_random and hasattr(mmap, "MADV_RANDOM"):  # else the system reads 40 times what we need, ahead
         mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype=np.uint16, offset=HEADER_BYTES)
+    return np.frombuffer(mapped, dtype=np.uint16, offset=len(mapped) - 2 * shard_tokens(path))
 
 
 @functools.lru_cache(2)
@@ -733,39 +753,32 @@ class Loader:
         self.thread = ThreadPoolExecutor(1)  # reads ahead
         self.ahead = {}  # {step: the future of its rows}
         if max_steps * batch_rows > len(windows):
-            steps = len(windows) // batch_rows
-            say(f"warning: the data last for {steps:,} steps of {max_steps:,}: "
-                f"from step {steps} on the same windows come again, in another order")
+            n = len(windows) // batch_rows
+            say(f"warning: the data last for {n:,} steps of {max_steps:,}: from step {n} on they come again")
 
     def ids(self, step):
         """The window numbers of this rank's rows of batch number step: (batch_rows / world,) int64."""
-        n = len(self.windows)
-        # a batch may hold the end of one epoch and the beginning of the next
+        n = len(self.windows)  # a batch may hold the end of one epoch and the beginning of the next
         epochs, places = np.divmod(step * self.batch_rows + self.mine, n)
-        parts = [epoch_order(n, self.seed, int(i))[places[epochs == i]] for i in np.unique(epochs)]
-        return np.concatenate(parts)
+        orders = [epoch_order(n, self.seed, int(i))[places[epochs == i]] for i in np.unique(epochs)]
+        return np.concatenate(orders)
 
     def read(self, step):
         """The rows that batch() returns, on the CPU. Raises SystemExit for a token beyond the vocabulary."""
         import torch
 
         rows = self.windows.rows(self.ids(step))
-        largest = rows.max()
-        if largest >= self.vocab_size:
+        if rows.max() >= self.vocab_size:
             # not fail(): of several processes it lets only the first speak, but each has other rows
-            raise SystemExit(f"token {largest} in the training shards is beyond the vocabulary of "
+            raise SystemExit(f"token {rows.max()} in the training shards is beyond the vocabulary of "
                              f"{self.vocab_size}: run `python fineweb.py --verify --out DIR`")
-        rows = torch.from_numpy(rows)
-        # pinned, so that the copy to the GPU need not be waited for
+        rows = torch.from_numpy(rows)  # pinned, so that the copy to the GPU need not be waited for
         return rows.pin_memory() if torch.device(self.device).type == "cuda" else rows
 
     def batch(self, step):
         """This rank's rows of batch number step: (batch_rows / world, block_size + 1) int64 on the device."""
         wanted = range(step, step + 3)
-        self.ahead = {i: rows for i, rows in self.ahead.items() if i in wanted}
-        for i in wanted:
-            if i not in self.ahead:
-                self.ahead[i] = self.thread.submit(self.read, i)
+        self.ahead = {i: self.ahead.get(i) or self.thread.submit(self.read, i) for i in wanted}
         return self.ahead.pop(step).result().to(self.device, non_blocking=True)
 
 
@@ -778,51 +791,38 @@ class Args:
     dataset: Literal["fineweb", "fineweb-edu"] = "fineweb"  # take sample-10BT of this
     pretokenized: bool = False  # download ready-made shards of it
     files: tuple[Path, ...] | None = None  # use these .jsonl, .txt or .parquet files instead
-    sample: bool = False  # write the small offline dataset instead
     verify: bool = False  # only check the folder against its manifest
     shards: int | None = None  # stop after N training shards; None: all
     out: Path | None = None  # folder for the shards; None: data/NAME
     shard_tokens: int = SHARD_TOKENS  # tokens per shard
-    tokenizer: str = "gpt2"  # gpt2, its first merges as in gpt2-4096, or bytes
-    workers: int | None = None  # tokenizer processes, 0: only this one; None: one per core
+    tokenizer: str = "gpt2"  # gpt2, its first merges as in gpt2-4096, bytes, or your own tokenizer.json
+    keep_separators: bool = False  # <|endoftext|> in a text is letters, not the beginning of a document
+    workers: int = N_CORES  # tokenizer processes; 0: only this one
 
 
 def main():
     import tyro
 
     args = tyro.cli(Args, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    without_use = {
-        "files": ("dataset", "pretokenized", "sample"),
-        "sample": ("dataset", "pretokenized", "shards", "shard_tokens", "tokenizer"),
-        "pretokenized": ("shard_tokens", "tokenizer"),
-    }
     if args.files == ():
         fail("--files: name at least one file")
-    given = [name for name, value in vars(args).items() if value != getattr(Args, name)]
-    for name in without_use.keys() & given:
-        for other in set(without_use[name]) & set(given):
-            fail(f"--{name} and --{other} don't go together: leave one of them out")
+    given = {name for name, value in vars(args).items() if value != getattr(Args, name)}
+    for pair in (("files", "dataset"), ("files", "pretokenized"), ("pretokenized", "shard_tokens"),
+                 ("pretokenized", "tokenizer"), ("pretokenized", "keep_separators")):  # fmt: skip
+        if given.issuperset(pair):
+            fail(f"--{pair[0]} and --{pair[1]} don't go together: leave one of them out")
     n_vocab(args.tokenizer)  # SystemExit if there is no such tokenizer
     for name, least in (("shards", 1), ("shard_tokens", 1024), ("workers", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:  # the header holds an int32
             fail(f"--{name} {value}: must be from {least:,} to 2,147,483,647")
-    default = f"data/{args.files[0].stem}" if args.files else DATASETS[args.dataset][2]
-    folder = args.out or Path(SAMPLE if args.sample else default)
-    workers = args.workers
-    if workers is None:  # this process may have fewer cores than the machine
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # number 0 is for validation, so N training shards end with number N
-    how = (args.shards, args.shard_tokens, args.tokenizer, workers)
+    folder = args.out or Path(f"data/{args.files[0].stem}" if args.files else DATASETS[args.dataset][2])
+    how = (args.shards, args.shard_tokens, args.tokenizer, args.workers, args.keep_separators)
     try:
         if args.verify:
-            verify(folder)
-            return
-        if not args.sample:
-            lock(folder, "wait until it ends, or choose another --out")
-        if args.sample:
-            write_sample(folder)
-        elif args.pretokenized:
+            return verify(folder)
+        lock(folder, "wait until it ends, or choose another --out")
+        if args.pretokenized:
             download_shards(folder, args.dataset, args.shards)
         elif args.files:
             tokenize_files(folder, args.files, *how)
@@ -830,19 +830,20 @@ def main():
             tokenize_hub(folder, args.dataset, *how)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: run the same command again to go on after the last shard")
-    except BrokenProcessPool:
+    except BrokenExecutor:
         fail("a tokenizer process was killed, as if memory ran out: run that again with fewer --workers")
     except OSError as error:
         fail(f"{error.filename or folder}: {error.strerror or error}")
-    shards = read_manifest(folder)["shards"]
+    manifest = read_manifest(folder)
+    shards = manifest["shards"]
     print(f"{folder}: {len(shards)} shards, {sum(shard['tokens'] for shard in shards):,} tokens")
     if len(shards) < 2:
-        fail(f"{folder} has no training shard, only the first one, for validation: give more text")
+        fail(f"{folder} has no training shard, since there is no text beyond the first one's: give more")
     steps = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"]) // 2**19 or 1
     options = f"--max_steps {min(steps, 19_073)} --warmup_steps {min(-(-steps * 715 // 19_073), 715)}"
     options += f" --train_shards {len(shards)}" * (len(shards) > 101)  # 100 are the default
-    options = "--tiny" if args.sample else f"--data_dir {shlex.quote(str(folder))} {options}"
-    print(f"Next: python train_gpt2.py {options}")  # one epoch, at most the full run's steps
+    options += f" --vocab_size {-(-manifest['vocab_size'] // 128) * 128}" * (manifest["tokenizer"] != "gpt2")
+    print(f"Next: python train_gpt2.py --data_dir {shlex.quote(str(folder))} {options}")  # one epoch
 
 
 # ==========================================================================
@@ -916,8 +917,8 @@ def lock(folder, advice, wait=False):
 
 
 def in_time(action):
-    """The result of action(), which may wait for ever. Raises TimeoutError after NO_ANSWER seconds."""
-    with ThreadPool(1) as pool:  # whose thread ends with the program
+    """The result of action(), or TimeoutError after NO_ANSWER seconds; list_repo_tree() waits for ever."""
+    with multiprocessing.pool.ThreadPool(1) as pool:  # whose thread ends with the program
         return pool.apply_async(action).get(NO_ANSWER)
 
 
@@ -934,8 +935,8 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
             if not isinstance(error, OSError) and type(error).__module__[:4] not in ("http", "mult"):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", None)
-            words = " ".join(f"{type(error).__name__} {error}".split())
-            reason = f"HTTP {status}" if status else words[:120]
+            words = f"HTTP {status}" if status else f"{type(error).__name__} {error}"
+            reason = " ".join(words.split())[:120]
         if pause is None or status in (400, 401, 403, 404, 410):
             fail(f"{what} could not be downloaded ({reason}): run the same command later to go on")
         say(f"{what}: {reason}; trying again in {pause} s")
@@ -944,9 +945,8 @@ def retrying(what, action, pauses=(1, 2, 4, 8, 16, 32)):
 
 def append(path, event, **fields):
     """Adds a line of JSON to a run's log."""
-    begin = "\n" if event == "run" else ""  # after what may be half a line of a killed run
     with one_line(f"{path} can't be written: make room, then --resume"), open(path, "a") as f:
-        f.write(begin + json.dumps({"event": event, **fields}) + "\n")
+        f.write("\n" * (event == "run") + json.dumps({"event": event, **fields}) + "\n")  # after half a line
 
 
 def load_checkpoint(paths, script, fields):

@@ -71,7 +71,7 @@ def load(path, n_items=None):
     path = Path(path)
     with fineweb.one_line(f"{path} can't be read: give the HellaSwag validation set's .jsonl file"):
         lines = path.read_bytes().splitlines()  # of bytes, which know no other line breaks than \n and \r
-    again = "or remove the file to have it downloaded again"
+    again = "or move it away to have it downloaded" if n_items else "or give another"
     items = []
     for number, line in enumerate(lines, 1):
         try:
@@ -80,7 +80,7 @@ def load(path, n_items=None):
             fail(f"{path}, line {number} is not a HellaSwag item ({error}): correct it, {again}")
         items.append(msgspec.structs.asdict(item))
     if not items or n_items not in (None, len(items)):
-        fail(f"{path} has {len(items):,} items, not {n_items or 'any'}: give another file, {again}")
+        fail(f"{path} has {len(items):,} items, not {n_items or 'any'}: correct it, {again}")
     return items
 
 
@@ -112,7 +112,7 @@ def load_published(path):
     items = load(path, N_ITEMS)
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         say(f"warning: {path} is not the published file, so published scores may not be compared; "
-            "remove it to have that downloaded")
+            "move it away to have that downloaded")
     return items
 
 

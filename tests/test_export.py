@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_fineweb import with_own_tokenizer
 
 import fineweb
 import hellaswag
@@ -103,6 +104,30 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, call):
     (result,) = pipe("The number", max_new_tokens=5)
     assert result["generated_text"].startswith("The number")
     assert theirs.generation_config.max_length == 64  # pipelines would go 256 tokens beyond the context
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mta"])
+def test_a_tokenizer_of_ones_own_goes_with_the_model(name, tmp_path, call):
+    folder, _, _ = with_own_tokenizer(tmp_path)
+    data = fineweb.open_dataset(folder)
+    size = data["vocab_size"]
+    script, model = make_model(name, vocab_size=384, data_dir=str(folder))
+    (tmp_path / "log").mkdir()
+    shutil.copy(script.__file__, tmp_path / "log")
+    optimizer = torch.optim.AdamW(model.optimizer_groups())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    script.save_checkpoint(tmp_path / "log", 7, data, model, optimizer, scaler)
+    call(tmp_path / "log", "--out", tmp_path / "hf")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    text = "the of and to in a is that for it as was with"
+    ids = fineweb.get_tokenizer(data["tokenizer"], str(folder)).encode_ordinary(text)
+    assert tokenizer.encode(text) == ids and len(ids) > 8  # nothing put before them, nothing cut off
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == size and tokenizer.eos_token == "</s>" and tokenizer.eos_token_id == 2
+    if name == "gpt2":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+        assert theirs.config.vocab_size == size
+        assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 2
 
 
 def run_card(folder):

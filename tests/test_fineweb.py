@@ -82,9 +82,9 @@ def test_gpt2_tokenizer():
         pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
     tokens = encoding.encode_ordinary("Hello, I'm a language model,")
     assert tokens == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    tokens, counts = fineweb.tokenize(["Hello world", ""], True, "gpt2")
-    assert tokens.tolist() == [50256, 15496, 995, 50256] and tokens.dtype == np.uint16
-    assert counts.tolist() == [3, 1]
+    hello, nothing = fineweb.tokenize(["Hello world", ""], True, "gpt2")
+    assert hello.tolist() == [50256, 15496, 995] and nothing.tolist() == [50256]
+    assert hello.dtype == np.uint16
 
 
 def test_a_prefix_of_gpt2s_merges_is_a_tokenizer():
@@ -109,6 +109,120 @@ def test_a_prefix_of_gpt2s_merges_is_a_tokenizer():
 def test_a_tokenizer_that_there_is_not_is_one_line(name):
     with pytest.raises(SystemExit, match=f"{name}.*gpt2.*bytes"):
         fineweb.get_tokenizer(name)
+
+
+def own_tokenizer(path, end="</s>"):
+    """A small tokenizer.json like SentencePiece's, with what such files say for other uses; its path."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", *[end][: end != ""]]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    inner.train_from_iterator([*documents(40), "</s>", "<endoftext>|"], trainer)
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    inner.enable_truncation(8)
+    inner.enable_padding(length=100)
+    inner.save(str(path))
+    return path
+
+
+def with_own_tokenizer(tmp_path, **options):
+    """(folder of shards, the texts, the path of the tokenizer.json) of a small dataset."""
+    path = own_tokenizer(tmp_path / "tokenizer.json")
+    texts = [*documents(30), "", "with </s> letters", "of<|endoftext|>the"]
+    fineweb.tokenize_files(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], None, 1024, str(path), 0)
+    return tmp_path / "out", texts, path
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    import tokenizers
+
+    folder, texts, path = with_own_tokenizer(tmp_path)
+    manifest = fineweb.read_manifest(folder)
+    name = f"tokenizer-{fineweb.sha256(path)[:16]}.json"
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    assert manifest["tokenizer"] == name and manifest["vocab_size"] == theirs.get_vocab_size()
+    assert (folder / name).read_bytes() == path.read_bytes()
+    theirs.no_truncation()
+    theirs.no_padding()
+    theirs.encode_special_tokens = True
+    expected = []
+    for document in [*texts[:-1], "of", "the"]:
+        expected += [2, *theirs.encode(document, add_special_tokens=False).ids]
+    tokens = tokens_of(folder).tolist()
+    assert tokens == expected
+    assert tokens.count(2) == len(texts) + 1 and 1 not in tokens and max(map(len, texts)) > 8
+    data = fineweb.open_dataset(folder)
+    assert data["tokenizer"] == name
+    tokenizer = fineweb.get_tokenizer(name, str(folder))  # as the scripts do
+    assert tokenizer.eot_token == 2 and tokenizer.n_vocab == manifest["vocab_size"]
+    first, second = tokenizer.encode_ordinary("the for")[:1], tokenizer.encode_ordinary("the for")[1:]
+    assert tokenizer.decode(first + second) == " the for"
+    assert tokenizer.decode(first) + tokenizer.decode(second) == " the for"  # a sample goes on after a prompt
+
+
+def test_a_changed_tokenizer_is_refused(tmp_path):
+    folder, _, path = with_own_tokenizer(tmp_path)
+    (copy,) = folder.glob("tokenizer-*.json")
+    whole = bytes_of(folder)
+    copy.write_text(path.read_text().replace('"version"', ' "version"'))
+    fineweb.get_tokenizer.cache_clear()
+    with pytest.raises(SystemExit, match=f"{copy} has changed"):
+        fineweb.open_dataset(folder)
+    copy.unlink()
+    with pytest.raises(SystemExit, match=copy.name):
+        fineweb.open_dataset(folder)
+    copy.write_bytes(path.read_bytes())
+    own_tokenizer(tmp_path / "other.json", "<eos>")
+    for other in (str(tmp_path / "other.json"), "bytes"):
+        with pytest.raises(SystemExit, match=f"{copy.name}', not .*choose another folder"):
+            fineweb.tokenize_files(folder, [tmp_path / "a.jsonl"], None, 1024, other, 0)
+    assert bytes_of(folder) == whole
+
+
+def test_a_tokenizer_survives_a_kill_at_every_write(tmp_path):
+    path = own_tokenizer(tmp_path / "tokenizer.json")
+    text = write_jsonl(tmp_path / "a.jsonl", documents(20))
+
+    def action(folder):
+        fineweb.tokenize_files(folder, [text], None, 1024, str(path), 0)
+
+    assert survives_a_kill_at_every_write(tmp_path, action) >= 6
+
+
+def test_tokenizers_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, run):
+    import tokenizers
+    from tokenizers import models
+
+    own_tokenizer(tmp_path / "no end.json", "")
+    for name, n in (("large", 1 << 16), ("too large", (1 << 16) + 1)):
+        vocabulary = {"</s>": 0, **{str(i): i for i in range(1, n)}}
+        tokenizers.Tokenizer(models.WordLevel(vocabulary, "1")).save(str(tmp_path / f"{name}.json"))
+    assert fineweb.n_vocab(str(tmp_path / "large.json")) == 65_536
+    (tmp_path / "bad.json").write_text('{"model": {}}')
+    (tmp_path / "a.txt").write_text("some text")
+    facts = {"no end": "</s>", "too large": "65,537", "bad": "not a tokenizer.json", "nowhere": "No such file"}
+    for name, fact in facts.items():
+        status, said = run(fineweb, "--files", "a.txt", "--tokenizer", f"{name}.json", "--out", "out")
+        assert status == 1 and f"{name}.json" in said and fact in said and said.count("\n") == 1, said
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    status, said = run(fineweb, "--files", "a.txt", "--tokenizer", "bad.json", "--out", "out")
+    assert status == 1 and "pip install tokenizers" in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_ones_own_on_the_command_line(tmp_path):
+    path = own_tokenizer(tmp_path / "tokenizer.json")
+    write_jsonl(tmp_path / "a.jsonl", documents(300))
+    options = ["--files", "a.jsonl", "--tokenizer", path, "--shard_tokens", 5000, "--workers"]
+    assert write(tmp_path, *options, 0, "--out", "inline")[0] == 0
+    status, said = write(tmp_path, *options, 2, "--out", "out")
+    assert status == 0 and "--vocab_size 384" in said.splitlines()[-1], said
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "inline")
 
 
 def test_shards_hold_the_documents_in_order(tmp_path):
@@ -202,9 +316,9 @@ def test_verify_names_the_bad_shards_and_the_writer_rebuilds_them(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, fact", [
-    ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "a.jsonl, line 2"),
-    ("a.jsonl", b'{"text": "one"}\nnonsense\n', "a.jsonl, line 2"),
-    ("a.jsonl", b'\n{"text": 7}\n', "a.jsonl, line 2"),
+    ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "a.jsonl .*line 2"),
+    ("a.jsonl", b'{"text": "one"}\nnonsense\n', "a.jsonl .*line 2"),
+    ("a.jsonl", b'\n{"text": 7}\n', "a.jsonl .*line 2"),
     ("a.txt", b"abc \xff\xfe def", "a.txt .*utf-8"),
     ("a.txt.gz", b"not packed", "a.txt.gz"),
     ("a.parquet", b"PAR1 no, it is not", "a.parquet"),
@@ -239,10 +353,33 @@ def lines(*texts):
     ("a.jsonl.gz", gzip.compress(lines(*TEXTS), mtime=0)),
     ("a.jsonl", lines("One.<|endoftext|>", "", "Zwei €.<|endoftext|>Three.<|endoftext|>\n")),
 ], ids=["plain", "odd", "packed", "separators"])  # fmt: skip
-def test_the_same_documents_however_they_are_packed(tmp_path, name, content):
+def test_the_same_documents_however_they_are_packed(tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content)
     in_process(tmp_path / "out", [tmp_path / name])
     assert tokens_of(tmp_path / "out").tolist() == straight(TEXTS).tolist()
+    said = capsys.readouterr().out
+    if b"<|endoftext|>" in content:
+        assert said.startswith("3 times <|endoftext|>") and "--keep_separators" in said
+    else:
+        assert said == ""
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_separators_can_be_kept_as_letters(run, tmp_path, workers):
+    texts = ["One.<|endoftext|>", "<|endoftext|>Two.<|endoftext|>\n", "x" * 3000]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    options = ["--files", "a.jsonl", "--tokenizer", "bytes", "--workers", workers, "--out", "out"]
+    status, said = run(fineweb, *options, "--keep_separators")
+    assert status == 0 and "times <|endoftext|>" not in said, said
+    assert tokens_of(tmp_path / "out").tolist() == straight(texts).tolist()
+    whole = bytes_of(tmp_path / "out")
+    status, said = run(fineweb, *options)
+    assert status == 1 and "keep_separators = True, not None" in said, said
+    assert bytes_of(tmp_path / "out") == whole
+    status, said = run(fineweb, *options[:-1], "parted")
+    assert status == 0 and "3 times <|endoftext|>" in said, said
+    status, said = run(fineweb, *options[:-1], "parted", "--keep_separators")
+    assert status == 1 and "keep_separators = None, not True" in said, said
 
 
 def test_separators_in_a_txt_file_part_documents(tmp_path):
@@ -258,8 +395,7 @@ def test_a_long_run_of_blanks_is_tokenised_in_parts_to_the_same_tokens():
         pytest.skip("GPT-2's vocabulary is not on this machine and there is no network")
     for blanks in (" " * 70_000, "\n" * 70_000, " " * 50_000, "\t" * 50_001):
         text = "a" + blanks + "word"
-        tokens, _ = fineweb.tokenize([text], False, "gpt2")
-        assert len(fineweb.split(text)) == (1 if len(blanks) == 50_000 else 3)
+        (tokens,) = fineweb.tokenize([text], False, "gpt2")
         assert tokens.tolist() == encoding.encode_ordinary(text)
 
 
@@ -281,6 +417,30 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
     assert bytes_of(tmp_path / "out") == whole
 
 
+def test_of_many_files_the_first_that_differs_is_named(tmp_path, monkeypatch):
+    paths = []
+    for number in range(300):
+        paths.append(tmp_path / f"{number:03d}.txt")
+        paths[-1].write_text(text(10, number))
+    in_process(tmp_path / "out", paths)
+    whole = bytes_of(tmp_path / "out")
+    paths[7].write_text("longer than before " * 10)
+    size = paths[7].stat().st_size
+    with pytest.raises(SystemExit, match=rf"\['007.txt', \d+\], not \['007.txt', {size}\]: choose") as error:
+        in_process(tmp_path / "out", paths)
+    assert "006.txt" not in str(error.value) and "008.txt" not in str(error.value)
+    paths[7].write_text(text(10, 7))
+    for less, fact in ((paths[:-1], r"\['299.txt', \d+\], not None"), (paths[1:], "'000.txt'.* not .*'001.txt'")):
+        with pytest.raises(SystemExit, match=fact):
+            in_process(tmp_path / "out", less)
+    with pytest.raises(SystemExit, match="nowhere.txt is not a") as error:
+        in_process(tmp_path / "out", [*paths[:5], tmp_path / "nowhere.txt", *paths[6:]])
+    assert "000.txt" not in str(error.value)
+    monkeypatch.chdir(tmp_path)
+    in_process(tmp_path / "out", [Path(path.name) for path in paths])  # the same, spelt otherwise
+    assert bytes_of(tmp_path / "out") == whole
+
+
 @pytest.mark.parametrize("options, message", [
     (["--shards", "0"], "--shards 0: "),
     (["--shards", "-1"], "--shards -1: "),
@@ -292,20 +452,17 @@ def test_other_text_into_the_same_folder_is_refused(tmp_path):
     (["--files"], "--files: "),
     (["--files", "a.txt", "--out", "a.txt/b"], "a.txt/b can't be written"),
     (["--files", "a.txt", "--out", "a.txt"], "a.txt can't be written"),
-    (["--sample", "--out", "a.txt"], "a.txt can't be written"),
     (["--files", "a.txt", "--out", "a" * 300], "File name too long"),
     (["--verify", "--out", "nowhere"], "nowhere has no manifest.json"),
     (["--verify", "--out", "a.txt"], "a.txt has no manifest.json"),
-    (["--files", "a.txt", "--sample"], "--files and --sample"),
     (["--files", "a.txt", "--pretokenized"], "--files and --pretokenized"),
     (["--files", "a.txt", "--dataset", "fineweb-edu"], "--files and --dataset"),
-    (["--sample", "--pretokenized"], "--sample and --pretokenized"),
-    (["--sample", "--shards", "3"], "--sample and --shards"),
     (["--pretokenized", "--shard_tokens", "5000"], "--pretokenized and --shard_tokens"),
+    (["--pretokenized", "--keep_separators"], "--pretokenized and --keep_separators"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_one_line(run, tmp_path, options, message):
     (tmp_path / "a.txt").write_text("some text")
-    if not {"--sample", "--pretokenized"} & set(options):
+    if "--pretokenized" not in options:
         options = ["--tokenizer", "bytes", *options]
     status, said = run(fineweb, *options)
     assert status == 1 and message in said and said.count("\n") == 1, said
@@ -362,7 +519,7 @@ def test_the_last_line_is_a_command_for_one_epoch(run, tmp_path, size, steps):
     options = ["--tokenizer", "bytes", "--workers", 0, "--out", "my out"]
     status, said = run(fineweb, "--files", "a.txt", *options)
     assert status == 0
-    command = f"--data_dir 'my out' --max_steps {steps} --warmup_steps 1"
+    command = f"--data_dir 'my out' --max_steps {steps} --warmup_steps 1 --vocab_size 384"
     assert said.splitlines()[-1] == f"Next: python train_gpt2.py {command}"
 
 
@@ -528,15 +685,13 @@ def test_the_sample_leaves_what_is_not_its_own(tmp_path, capsys, little_sample):
 
 
 @pytest.mark.parametrize("last", [None, 1])
-def test_the_sample_into_a_foreign_dataset_is_one_line(tmp_path, capsys, run, little_sample, last):
+def test_the_sample_into_a_foreign_dataset_is_one_line(tmp_path, little_sample, last):
     out = tmp_path / "out"
     in_process(out, [write_jsonl(tmp_path / "a.jsonl", documents(30))], last=last)
     put_theirs(out)
     before = bytes_of_all(out)
-    capsys.readouterr()
-    status, said = run(fineweb, "--sample", "--out", "out")
-    assert status == 1 and said.count("\n") == 1, said
-    assert "out holds shards with dataset = 'files'" in said
+    with pytest.raises(SystemExit, match="out holds shards with dataset = 'files'"):
+        fineweb.write_sample(out)
     assert bytes_of_all(out) == before
 
 
@@ -866,6 +1021,110 @@ def test_shards_without_a_manifest_are_taken_for_gpt2(tmp_path, capsys):
     (folder / "manifest.json").unlink()
     assert fineweb.open_dataset(folder)["tokenizer"] == "gpt2"
     assert "taking its shards for GPT-2 tokens" in capsys.readouterr().out
+
+
+def gpt2_tokens(n, seed=0):
+    """n random ids of GPT-2's, some of them <|endoftext|>."""
+    tokens = np.random.default_rng(seed).integers(50257, size=n, dtype=np.uint16)
+    tokens[::500] = 50256
+    return tokens
+
+
+def save_shard(path, tokens):
+    """Writes tokens as the authors of a shard of this name do."""
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, tokens)
+    elif path.name in ("train.bin", "val.bin"):
+        tokens.tofile(path)
+    else:
+        path.write_bytes(fineweb.shard_header(len(tokens)) + tokens.tobytes())
+
+
+@pytest.mark.parametrize("val, train", [
+    ("tiny_shakespeare_val.bin", ["tiny_shakespeare_train.bin"]),
+    ("val.bin", ["train.bin"]),
+    ("edufineweb_val_000000.npy", ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"]),
+    ("fineweb_val_000000.bin", ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]),
+])  # fmt: skip
+def test_shards_of_others_are_read_as_they_are(tmp_path, val, train):
+    folder = tmp_path / "theirs"
+    for number, name in enumerate([val, *train]):
+        save_shard(folder / name, gpt2_tokens(3001 + number, number))
+    (folder / "gpt2_tokenizer.bin").write_text("no shard")
+    (folder / "meta.pkl").write_text("no shard")
+    data = fineweb.open_dataset(folder, train_shards=100)
+    assert data["tokenizer"] == "gpt2" and data["vocab_size"] == 50257
+    windows = fineweb.Windows(folder, "val", 1000)
+    assert np.array_equal(windows.rows([2])[0], gpt2_tokens(3001, 0)[2000:])
+    windows = fineweb.Windows(folder, "train", 1000)
+    last = gpt2_tokens(3001 + len(train), len(train))[2000:3001]
+    assert np.array_equal(windows.rows([3 * len(train) - 1])[0], last) and len(windows) == 3 * len(train)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "a_train_000001.npy"])
+@pytest.mark.parametrize("what", ["32 bits", "no end", "letters", "other vocabulary", "odd size", "empty", "table"])
+def test_shards_of_another_vocabulary_are_not_mistaken_for_gpt2s(tmp_path, name, what):
+    tokens = gpt2_tokens(300_000)
+    if what == "32 bits":  # of LLaMA 3, by whose lower halves <|endoftext|> is there
+        tokens = np.random.default_rng(0).integers(50257, size=300_000, dtype=np.uint32)
+        tokens[::7] += 65536
+    elif what == "no end":
+        tokens[tokens == 50256] = 11
+    elif what == "letters":
+        tokens %= 65
+    elif what == "other vocabulary":
+        tokens[1000] = 50257
+    elif what == "empty":
+        tokens = tokens[:0]
+    elif what == "table":
+        tokens = tokens.reshape(-1, 2) if name.endswith("npy") else tokens + np.uint16(40000)
+    save_shard(tmp_path / name, tokens)
+    if what == "odd size":
+        os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 1)
+    with pytest.raises(SystemExit, match=f"{name} is not a token shard") as error:
+        fineweb.open_dataset(tmp_path)
+    assert "remove" not in str(error.value) and (tmp_path / name).exists()
+
+
+def test_a_shard_without_header_must_have_nanogpts_name(tmp_path):
+    gpt2_tokens(5000).tofile(tmp_path / "a_train_000001.bin")
+    with pytest.raises(SystemExit, match="a_train_000001.bin is not a token shard"):
+        fineweb.open_dataset(tmp_path)
+
+
+def test_llama3s_shards_are_named(tmp_path):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240801, 7, 1000
+    tokens = np.arange(127_000, 128_000, dtype=np.uint32)
+    (tmp_path / "tiny_shakespeare_train.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    with pytest.raises(SystemExit, match="tiny_shakespeare_train.bin .*LLaMA 3.*32 bits"):
+        fineweb.open_dataset(tmp_path)
+
+
+def test_some_shards_of_a_larger_dataset(tmp_path):
+    folder = small_dataset(tmp_path)
+    names = sorted(path.name for path in folder.glob("*_train_*.bin"))
+    three = fineweb.open_dataset(folder, train_shards=3)
+    for name in names[3:]:
+        (folder / name).unlink()
+    assert fineweb.open_dataset(folder, train_shards=3) == three
+    n = len(names) - 3
+    for train_shards in (100, None):
+        with pytest.raises(SystemExit, match=rf"{names[3]} has no tokens.*\({n} such.*--train_shards"):
+            fineweb.open_dataset(folder, train_shards=train_shards)
+    (folder / names[1]).unlink()
+    with pytest.raises(SystemExit, match=f"{names[1]} has no tokens"):
+        fineweb.open_dataset(folder, train_shards=3)
+
+
+def test_the_writer_goes_into_no_folder_with_shards_of_others(tmp_path):
+    for name in ("train.bin", "edufineweb_train_000001.npy"):
+        folder = tmp_path / name.split(".")[0]
+        save_shard(folder / name, gpt2_tokens(2000))
+        with pytest.raises(SystemExit, match="choose another folder"):
+            in_process(folder, [write_jsonl(tmp_path / "a.jsonl", documents(20))])
+        assert list(bytes_of(folder)) == [name]
 
 
 def test_token_beyond_the_vocabulary_stops_the_run(tmp_path):

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers import SHORT, SMALL, TORCHRUN, assert_same, command, events, load, losses, make, read_log
+from test_fineweb import with_own_tokenizer
+from test_hellaswag import random_items, write_items
 
 import fineweb
 import train_deepseek
@@ -73,6 +75,24 @@ def test_a_run_evaluates_saves_samples_and_logs(small, log):
         assert re.search(rf"^{name} +{facts[name]}$", said, re.MULTILINE), name
     assert load(log / "a", 5)["step"] == 5
     assert said.splitlines()[-1].startswith("Next: python train_gpt2.py --run_name a --sample ")
+
+
+def test_a_run_with_a_tokenizer_of_ones_own(run, tmp_path, log):
+    folder, _, _ = with_own_tokenizer(tmp_path)
+    write_items(tmp_path / "items.jsonl", random_items(4))
+    options = [f"--data_dir={folder}", "--hellaswag=items.jsonl", "--prompt=the of", "--block_size=64"]
+    status, said = run(train_gpt2, *SMALL, *options, "--vocab_size=384", "--max_steps=1", "--run_name=a")
+    assert status == 0, said
+    assert {event["task"] for event in events(log / "a", "score")} == {"hellaswag"}
+    assert all(event["text"].startswith("the of") for event in events(log / "a", "sample"))
+    status, said = run(train_gpt2, "--run_name=a", "--sample=the of")
+    assert status == 0 and "the of" in said, said
+    (copy,) = folder.glob("tokenizer-*.json")
+    copy.write_text(copy.read_text() + " ")
+    fineweb.get_tokenizer.cache_clear()
+    for what in ("--sample=the of", "--eval"):
+        status, said = run(train_gpt2, "--run_name=a", what)
+        assert status == 1 and copy.name in said and said.count("\n") == 1, said
 
 
 def test_a_run_is_never_overwritten(small, log):

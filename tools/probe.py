@@ -180,7 +180,8 @@ def score(folder, most):
     """The losses of a run by document, whose end counts to it: {data, block_size, documents, runs}."""
     checkpoint, config, model = load_run(folder)
     rows = read_windows(config.data_dir, config.block_size, most)
-    ends = rows[:, 1:].flatten().numpy() == fineweb.get_tokenizer(checkpoint["data"]["tokenizer"]).eot_token
+    tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"], config.data_dir)
+    ends = rows[:, 1:].flatten().numpy() == tokenizer.eot_token
     of_token = np.cumsum(ends) - ends
     counts = np.bincount(of_token)
     sums = np.bincount(of_token, weights=losses(model, rows).flatten())

@@ -2,6 +2,8 @@
 import json
 from pathlib import Path
 
+import fineweb
+
 END = "<|endoftext|>"
 
 
@@ -35,11 +37,20 @@ def hf_tokenizer(encoding):
 
 
 def write_tokenizer(encoding, block_size, folder):
-    """Writes a tiktoken.Encoding as transformers' two files."""
-    hf_tokenizer(encoding).save(str(folder / "tokenizer.json"))
+    """Writes a tiktoken.Encoding, or a fineweb.OwnTokenizer, as transformers' two files."""
+    from tokenizers import Tokenizer
+
+    if isinstance(encoding, fineweb.OwnTokenizer):
+        end = encoding.end
+        tokenizer = Tokenizer.from_str(encoding.inner.to_str())
+        tokenizer.post_processor = None  # which could add tokens that the model has never seen
+    else:
+        end = END
+        tokenizer = hf_tokenizer(encoding)
+    tokenizer.save(str(folder / "tokenizer.json"))
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # by the name that transformers 4 knows, too
-        "bos_token": END, "eos_token": END, "unk_token": END,  # which CTranslate2 wants, though none is made
+        "bos_token": end, "eos_token": end, "unk_token": end,  # which CTranslate2 wants, though none is made
         "model_max_length": block_size, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     path = Path(folder) / "tokenizer_config.json"

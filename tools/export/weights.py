@@ -218,12 +218,12 @@ def older_fields(name, config):
     return fields
 
 
-def hf_config(name, config):
+def hf_config(name, config, end=None):
     """transformers' configuration object of architecture name for a script's Config."""
     import transformers
 
-    # the end of text is the last token of both vocabularies, GPT-2's and that of bytes
-    end = min(50_256, config.vocab_size - 1)
+    if end is None:  # the last token of our vocabularies, GPT-2's and that of bytes
+        end = min(50_256, config.vocab_size - 1)
     fields = {"tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     for theirs, ours in SIZES[name].items():
         fields[theirs] = getattr(config, ours)
@@ -231,11 +231,14 @@ def hf_config(name, config):
     return getattr(transformers, HF_CLASSES[name]).config_class(**fields)
 
 
-def hf_model(name, config):
-    """transformers' model of architecture name for a script's Config, with weights of its own."""
+def hf_model(name, config, end=None):
+    """transformers' model of architecture name for a script's Config, with weights of its own.
+
+    end: the token that ends a text.
+    """
     import transformers
 
-    return getattr(transformers, HF_CLASSES[name])(hf_config(name, config))
+    return getattr(transformers, HF_CLASSES[name])(hf_config(name, config, end))
 
 
 def our_config(name, theirs, Config):

@@ -138,13 +138,13 @@ tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 """
 
 
-def write_hf(name, model, folder):
-    """A model of transformers."""
+def write_hf(name, model, end, folder):
+    """A model of transformers, for which the token end ends a text."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # one of a single step
     config = model.config
-    theirs = weights.hf_model(name, config).eval()
+    theirs = weights.hf_model(name, config, end).eval()
     theirs.load_state_dict(weights.to_hf(name, model.state_dict(), config))
     what = f"the run's train_{name}.py has another model than transformers' {weights.HF_CLASSES[name]}"
     check_logits(lambda idx: model(idx)[0], lambda idx: theirs(idx).logits, config, what)
@@ -236,7 +236,7 @@ def export(folder, out):
     with all_or_nothing(out) as part:
         if name in weights.HF_CLASSES:
             how = HOW_HF
-            write_hf(name, model, part)
+            write_hf(name, model, tokenizer.eot_token, part)
         elif name == "rwkv":
             how = HOW_RWKV
             write_official_rwkv(model, part)
