@@ -116,7 +116,7 @@ def test_a_tokenizer_of_ones_own_goes_with_the_model(name, tmp_path, call):
     shutil.copy(script.__file__, tmp_path / "log")
     optimizer = torch.optim.AdamW(model.optimizer_groups())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    script.save_checkpoint(tmp_path / "log", 7, data, model, optimizer, scaler)
+    script.save_checkpoint(tmp_path / "log", 7, (math.inf, 0), data, model, optimizer, scaler)
     call(tmp_path / "log", "--out", tmp_path / "hf")
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
     text = "the of and to in a is that for it as was with"
