@@ -753,15 +753,13 @@ class Loader:
         self.thread = ThreadPoolExecutor(1)  # reads ahead
         self.ahead = {}  # {step: the future of its rows}
         if max_steps * batch_rows > len(windows):
-            n = len(windows) // batch_rows
-            say(f"warning: the data last for {n:,} steps of {max_steps:,}: from step {n} on they come again")
+            say(f"warning: data last for {len(windows) // batch_rows:,} of {max_steps:,} steps, then again")
 
     def ids(self, step):
         """The window numbers of this rank's rows of batch number step: (batch_rows / world,) int64."""
         n = len(self.windows)  # a batch may hold the end of one epoch and the beginning of the next
-        epochs, places = np.divmod(step * self.batch_rows + self.mine, n)
-        orders = [epoch_order(n, self.seed, int(i))[places[epochs == i]] for i in np.unique(epochs)]
-        return np.concatenate(orders)
+        epochs, at = np.divmod(step * self.batch_rows + self.mine, n)
+        return np.concatenate([epoch_order(n, self.seed, int(i))[at[epochs == i]] for i in np.unique(epochs)])
 
     def read(self, step):
         """The rows that batch() returns, on the CPU. Raises SystemExit for a token beyond the vocabulary."""
@@ -839,8 +837,10 @@ def main():
     print(f"{folder}: {len(shards)} shards, {sum(shard['tokens'] for shard in shards):,} tokens")
     if len(shards) < 2:
         fail(f"{folder} has no training shard, since there is no text beyond the first one's: give more")
-    steps = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"]) // 2**19 or 1
-    options = f"--max_steps {min(steps, 19_073)} --warmup_steps {min(-(-steps * 715 // 19_073), 715)}"
+    n_tokens = sum(shard["tokens"] for shard in shards if "_train_" in shard["name"])
+    batch = next((n for n in (2**19, 2**17, 2**15) if n_tokens >= 500 * n), 2**13)  # for some 500 steps
+    steps = min(max(1, n_tokens // batch), 19_073)
+    options = f"--batch_tokens {batch} --max_steps {steps} --warmup_steps {-(-steps * 715 // 19_073)}"
     options += f" --train_shards {len(shards)}" * (len(shards) > 101)  # 100 are the default
     options += f" --vocab_size {-(-manifest['vocab_size'] // 128) * 128}" * (manifest["tokenizer"] != "gpt2")
     print(f"Next: python train_gpt2.py --data_dir {shlex.quote(str(folder))} {options}")  # one epoch

@@ -322,7 +322,7 @@ class Model(nn.Module):
         return logits[:, -1], None
 
     def after_step(self, skipped=False):
-        """Called after each optimizer step. Returns figures for the log."""
+        """Called after each optimizer step; returns figures for the log (none here)."""
         return {}
 
     def active_parameters(self):
@@ -417,7 +417,7 @@ def find_micro_batch(config, rows, world, device, autocast):
                 raise
             fits = 0.0
         model = optimizer = loss = None
-        if sum_over_ranks([fits], device)[0] == world:
+        if sum_over_ranks([fits], device)[0] == world:  # it fits on all
             return n
     fail(f"not even one row of {config.block_size} tokens fits: use a smaller --block_size or model")
 
@@ -453,7 +453,7 @@ def open_run(folder, asked):
     paths = sorted(folder.glob(CHECKPOINTS), reverse=True)  # the newest one first
     if paths and not (reads or asked.resume):
         fail(f"{folder} already holds a run: continue it with --resume, or choose another --run_name")
-    if not paths and (reads or not folder.exists()):
+    if not paths and (reads or (asked.resume and not folder.exists())):
         fail(f"{folder} holds no checkpoint: train it first, or name another run with --run_name")
     return fineweb.load_checkpoint(paths, SCRIPT, vars(asked)) if paths else {}
 
@@ -666,7 +666,7 @@ def main():
             is_due = (step % config.eval_every == 0 or is_last) and not stopping
             if is_due:
                 best = min(best, evaluate(step))
-            if (is_due or stopping) and step > first_step and rank == 0:
+            if (is_due or stopping) and step > 0 and not config.eval and rank == 0:
                 save_checkpoint(folder, step, best, data, model, optimizer, scaler)
             if is_last or stopping:
                 break
@@ -690,7 +690,8 @@ def main():
                 left = (time.time() - began) / (step + 1 - first_step) * (last_step - step - 1)
                 say(f"{step:5d}/{last_step}  loss {loss:.3f}  norm {norm:.2f}  {rate / 1000:.1f}k tok/s  "
                     f"{tflops:.3g} TFLOP/s  {left / 60:.1f} min left")  # fmt: skip
-    action = f"--sample {shlex.quote(config.prompt)}" if step >= config.max_steps else "--resume"
+    is_finished = step >= config.max_steps and not stopping  # stopped in the last step it lacks its scores
+    action = f"--sample {shlex.quote(config.prompt)}" if is_finished else "--resume"
     say(f"{folder} is at step {step} of {config.max_steps}.")
     say(f"Next: python {SCRIPT}.py --run_name {shlex.quote(name)} {action}")
 

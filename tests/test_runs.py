@@ -106,7 +106,10 @@ def test_a_run_is_never_overwritten(small, log):
     assert status == 0, said
     after = content(log / "a")
     assert after.pop("log.jsonl").startswith(before.pop("log.jsonl"))
-    assert after == before and len(losses(log / "a")) == 1
+    assert after.keys() == before.keys() and len(losses(log / "a")) == 1
+    torch.save(load(log / "a", 1)["model"], log / "after")
+    (log / "a/step_00000001.pt").write_bytes(before["step_00000001.pt"])
+    assert_same(load(log / "a", 1)["model"], torch.load(log / "after"))
 
 
 def test_eval_and_sample(small, log):
@@ -188,11 +191,31 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(small, log, monkey
     best = torch.load(log / "a/best.pt", weights_only=True)
     assert best["step"] == 8 and best["best"] == (2.0, 8)
     assert_same(best["model"], load(log / "a", 8)["model"])
+    # a signal in the step before an evaluation: --resume makes up for it
+    given[9] = 1.0
+    steps = iter((8,))
+    figures = train_gpt2.Model.after_step
+    monkeypatch.setattr(train_gpt2.Model, "after_step", lambda *_, **__: signal.raise_signal(signal.SIGTERM) or {})
+    assert small("--max_steps=9", "--run_name=a", "--resume")[0] == 0
+    monkeypatch.setattr(train_gpt2.Model, "after_step", figures)
+    assert load(log / "a", 9)["best"] == (2.0, 8)
+    steps = iter((9,))
+    assert small("--run_name=a", "--resume")[0] == 0
+    assert torch.load(log / "a/best.pt", weights_only=True)["best"] == (1.0, 9)
     # a new run from these weights begins its own record
     given[0], given[2] = 9.0, 8.0
     steps = iter((0, 2))
     assert small("--max_steps=2", "--run_name=b", "--init_from=log/a/best.pt")[0] == 0
     assert load(log / "b", 2)["best"] == (8.0, 2)
+
+
+def test_of_several_processes_the_folder_may_be_made_by_any(small, log, monkeypatch):
+    """Only the first takes the lock, which makes the folder; the others may come first."""
+    monkeypatch.setenv("RANK", "1")
+    checkpoint = train_gpt2.open_run(log / "a", train_gpt2.Config())
+    assert checkpoint == {}
+    with pytest.raises(SystemExit):
+        train_gpt2.open_run(log / "a", train_gpt2.Config(resume=True))
 
 
 # ---- resume
