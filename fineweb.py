@@ -222,7 +222,7 @@ def read_parquet(f):
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20) as parquet:
-        for batch in parquet.iter_batches(64, columns=["text"]):
+        for batch in parquet.iter_batches(16, columns=["text"]):
             for text in batch.column("text").to_pylist():
                 if not isinstance(text, str | None):
                     raise TypeError(f"the column 'text' holds {batch.column('text').type}")
