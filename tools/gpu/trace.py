@@ -245,6 +245,7 @@ def install():
 def install_operations():
     """cuDNN plans an operation by asking the driver: here its outputs have the right shapes, and no more."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.library import Library
 
     def by_shape(op):
         def run(*args, **kwargs):
@@ -259,16 +260,16 @@ def install_operations():
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
     warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-    library = torch.library.Library("aten", "IMPL")
+    operations = Library("aten", "IMPL")
     for name in ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward",
                  "cudnn_convolution", "convolution_backward"):  # fmt: skip
-        library.impl(name, by_shape(getattr(torch.ops.aten, name).default), "CUDA")
+        operations.impl(name, by_shape(getattr(torch.ops.aten, name).default), "CUDA")
 
     def all_nonzero(x):  # its size would be read back from the GPU
         return torch.zeros(x.numel(), x.dim(), dtype=torch.int64, device=x.device)
 
-    library.impl("nonzero", all_nonzero, "CUDA")
-    return library  # to be kept: with it the operations go
+    operations.impl("nonzero", all_nonzero, "CUDA")
+    return operations  # to be kept: with it they go
 
 
 # ==========================================================================
@@ -334,7 +335,7 @@ def work(job):
     """Traces a script's train_step and writes what was found to job["out"]."""
     gpu = report.GPUS[job["gpu"]]
     install_driver(gpu.shared, gpu.sms)
-    library = install()
+    operations = install()
     script = step.load(job["script"])
     config = step.make_config(script)
     source = Path(job["script"]).read_bytes()
@@ -355,7 +356,7 @@ def work(job):
         record |= report.estimate(trace.calls, record, gpu, getattr(config, "window", config.block_size))
         record |= report.kernels(compile_kernels(gpu.shared))
     Path(job["out"]).write_text(json.dumps(record))
-    del library
+    del operations
     os._exit(0)  # to take the graphs apart would take long
 
 
