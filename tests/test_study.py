@@ -486,3 +486,5 @@ def test_bytes_per_token_are_those_of_the_scored_text(sample):
     ids = val.rows(range(31))[:, 1:]
     ratio = kept.bytes_per_token(str(sample), 32, 1000, "bytes")
     assert ratio == pytest.approx((ids < 256).mean(), abs=0.01)  # a byte has a byte, <|endoftext|> none
+    assert kept.bytes_per_token("moved away", 32, 1000, "bytes") is None
+    assert kept.bytes_per_token(str(sample), 32, 1000, "gone.json") is None

@@ -75,8 +75,8 @@ class Ngrams:
 
 
 def load_run(folder):
-    """(the newest checkpoint of a run, its Config, its Model). Raises SystemExit if it can't be loaded."""
-    paths = [folder] if folder.suffix == ".pt" else sorted(folder.glob("step_*.pt"))
+    """(a checkpoint, or a run's newest one, its Config, its Model). SystemExit if it can't be loaded."""
+    paths = [folder] if folder.is_file() else sorted(folder.glob("step_*.pt"))
     if not paths:
         fail(f"{folder} holds no checkpoint: give the folder of a run, as log/gpt2")
     checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=True)

@@ -23,6 +23,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -239,13 +240,12 @@ def install():
     CompiledFxGraph.__call__ = called
     torch._inductor.config.fx_graph_cache = False
     torch._functorch.config.enable_autograd_cache = False
-    return install_operations()
+    install_operations()
 
 
 def install_operations():
     """cuDNN plans an operation by asking the driver: here its outputs have the right shapes, and no more."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from torch.library import Library
 
     def by_shape(op):
         def run(*args, **kwargs):
@@ -260,16 +260,14 @@ def install_operations():
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
     warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-    operations = Library("aten", "IMPL")
     for name in ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward",
                  "cudnn_convolution", "convolution_backward"):  # fmt: skip
-        operations.impl(name, by_shape(getattr(torch.ops.aten, name).default), "CUDA")
+        library.impl(f"aten::{name}", "CUDA", by_shape(getattr(torch.ops.aten, name).default))
 
     def all_nonzero(x):  # its size would be read back from the GPU
         return torch.zeros(x.numel(), x.dim(), dtype=torch.int64, device=x.device)
 
-    operations.impl("nonzero", all_nonzero, "CUDA")
-    return operations  # to be kept: with it they go
+    library.impl("aten::nonzero", "CUDA", all_nonzero)
 
 
 # ==========================================================================
@@ -335,7 +333,7 @@ def work(job):
     """Traces a script's train_step and writes what was found to job["out"]."""
     gpu = report.GPUS[job["gpu"]]
     install_driver(gpu.shared, gpu.sms)
-    operations = install()
+    install()
     script = step.load(job["script"])
     config = step.make_config(script)
     source = Path(job["script"]).read_bytes()
@@ -356,7 +354,6 @@ def work(job):
         record |= report.estimate(trace.calls, record, gpu, getattr(config, "window", config.block_size))
         record |= report.kernels(compile_kernels(gpu.shared))
     Path(job["out"]).write_text(json.dumps(record))
-    del operations
     os._exit(0)  # to take the graphs apart would take long
 
 

@@ -34,10 +34,16 @@ def why_other(job, facts, fingerprint, where):
 
 @functools.cache
 def bytes_per_token(data_dir, block_size, val_tokens, tokenizer):
-    """Bytes of text to a token, of the validation tokens that runs are scored on. <|endoftext|> has none."""
-    windows = fineweb.Windows(data_dir, "val", block_size, max_tokens=val_tokens)
+    """Bytes of text to a token, of the validation tokens that runs are scored on. <|endoftext|> has none.
+
+    None if the data or the vocabulary aren't here any more: a finished run counts without them.
+    """
+    try:
+        windows = fineweb.Windows(data_dir, "val", block_size, max_tokens=val_tokens)
+        encoding = fineweb.get_tokenizer(tokenizer, data_dir)
+    except (OSError, SystemExit):
+        return None
     ids = windows.rows(np.arange(len(windows)))[:, 1:].ravel()
-    encoding = fineweb.get_tokenizer(tokenizer, data_dir)
     text = encoding.decode(ids[ids != encoding.eot_token].tolist())
     return len(text.encode()) / len(ids)
 
