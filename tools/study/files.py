@@ -33,6 +33,7 @@ class Size(msgspec.Struct, forbid_unknown_fields=True):
     evaluations: int | None = None
     options: Options = {}
     model: dict[str, Options] = {}  # of a script or a variant
+    shapes: str = ""  # the size whose model it has
     own_rate: dict[str, float] = {}  # of a script: its best multiple of max_lr
 
 

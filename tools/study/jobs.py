@@ -163,8 +163,10 @@ def plan_entry(study, size_name, name, args):
     size = read_sizes()[size_name]
     is_variant = not entry.script and name in vary.variants()
     source = load_source(entry.script or name, tuple(entry.variants or [name] * is_variant))
-    shape = next((size.model[key] for key in source.keys if key in size.model), {})
-    options = size.options | shape | study.options | entry.options | entry.at.get(size_name, {})
+    shapes = size.shapes or size_name
+    model = read_sizes()[shapes].model
+    shape = next((model[key] for key in source.keys if key in model), {})
+    options = size.options | shape | study.options | entry.options | entry.at.get(shapes, {})
     if args.data_dir:
         options["data_dir"] = args.data_dir
     own = config_of(source, size.tiny, options)
