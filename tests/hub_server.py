@@ -1,10 +1,10 @@
 """
 A small loopback imitation of the Hugging Face Hub, for tests that must run without internet.
 
-It serves dataset repositories kept in memory or on disk, so that the real huggingface_hub client runs
-unmodified in a child process whose environment points it here:
+It serves dataset repositories, so that the real huggingface_hub client runs unmodified in a child process
+whose environment points it here:
 
-    with HubServer({"org/name": {"data/000.parquet": path, "README.md": b"..."}}) as hub:
+    with HubServer({"org/name": {"data/000.parquet": b"...", "README.md": b"..."}}) as hub:
         hub.faults.append({"path": r"000\\.parquet$", "truncate": 1000, "times": 2})
         subprocess.run([sys.executable, "script.py"], env=hub.env(), check=True)
         assert hub.faults == []  # every fault happened
@@ -12,7 +12,6 @@ unmodified in a child process whose environment points it here:
 The variables must be set before huggingface_hub is imported, hence the child process.
 """
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,29 +19,23 @@ import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
-# /api/datasets/REPO[/revision/REV]
-# /api/datasets/REPO/tree/REV[/FOLDER]
+# /api/datasets/REPO[/tree/REV[/FOLDER]]
 # /datasets/REPO/resolve/REV/FILE
 HUB_PATH = re.compile(
     r"(/api)?/datasets/(?P<repo>[^/]+(/[^/]+)??)"
-    r"(/(?P<kind>revision|tree|resolve)/(?P<rev>[^/]+)(/(?P<path>.*))?)?"
+    r"(/(?P<kind>tree|resolve)/(?P<rev>[^/]+)(/(?P<path>.*))?)?"
 )
-CHUNK = 1 << 18
 
 
 class HubServer:
     """Serves repos {id: {file name: content}} as Hub datasets, and plain {name: content} below /plain/.
 
-    requests lists the (method, path) of every request so far; paths are percent-decoded and without
-    their query.
-
-    faults may be changed at any time. Each is a dict with "path", a regex that is searched in that
-    decoded path, optionally "times" (1; float("inf") for ever) and "method" ("GET"), and one of
+    faults may be changed at any time. Each is a dict with "path", a regex that is searched in the decoded
+    path without its query, optionally "times" (1) and "method" ("GET"), and one of
         "status": answer with that code
         "truncate": announce the whole body, but hang up after that many bytes
-        "drop": True: hang up without an answer
         "flip": change the byte at this place
         "body": answer with these bytes, as a login page in the way would
         "stall": send nothing for so many seconds, or until the server stops; then hang up
@@ -50,11 +43,8 @@ class HubServer:
     """
 
     def __init__(self, repos, plain=None):
-        self.repos = {}
-        for repo, files in repos.items():
-            self.repos[repo] = {name: _File(files[name]) for name in sorted(files)}
-        self.plain = {name: _File(content) for name, content in (plain or {}).items()}
-        self.requests = []
+        self.repos = {repo: dict(sorted(files.items())) for repo, files in repos.items()}
+        self.plain = plain or {}
         self.faults = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -64,8 +54,7 @@ class HubServer:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        serve = self._server.serve_forever
-        self._thread = threading.Thread(target=serve, args=(0.02,), daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
 
@@ -78,10 +67,7 @@ class HubServer:
 
     def env(self):
         """A whole environment for a child process: this one's, with every Hub setting replaced."""
-        env = {}
-        for name, value in os.environ.items():
-            if not name.startswith(("HF_", "HUGGING")):
-                env[name] = value
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": self._home.name}
         env |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         # Xet storage speaks another protocol, and telemetry would show up in requests.
@@ -89,13 +75,12 @@ class HubServer:
 
     def sha(self, repo):
         """The commit id of a repository: 40 hex digits that change just when a name or content does."""
-        contents = [(name, file.etag) for name, file in self.repos[repo].items()]
-        return _sha1(json.dumps(contents))
+        contents = [(name, _etag(content)) for name, content in self.repos[repo].items()]
+        return _etag(json.dumps(contents).encode())[:40]
 
-    def _record(self, method, path):
-        """Notes a request and returns the fault to inject into the answer ({} for none)."""
+    def _fault(self, method, path):
+        """The fault to inject into the answer to a request ({} for none)."""
         with self._lock:
-            self.requests.append((method, path))
             for i, fault in enumerate(self.faults):
                 if fault.get("method", "GET") == method and re.search(fault["path"], path):
                     left = fault.get("times", 1) - 1
@@ -105,23 +90,9 @@ class HubServer:
         return {}
 
 
-class _File:
-    """Something to serve. etag: the content's SHA-256, which the Hub sends for large (LFS) files."""
-
-    def __init__(self, content):
-        self.content = content  # bytes, or a path
-        self.size = 0
-        digest = hashlib.sha256()
-        with self.open() as f:
-            while chunk := f.read(CHUNK):
-                digest.update(chunk)
-                self.size += len(chunk)
-        self.etag = digest.hexdigest()
-
-    def open(self):
-        if isinstance(self.content, bytes):
-            return io.BytesIO(self.content)
-        return open(self.content, "rb")
+def _etag(content):
+    """The content's SHA-256, which the Hub sends for large (LFS) files."""
+    return hashlib.sha256(content).hexdigest()
 
 
 class _Server(ThreadingHTTPServer):
@@ -142,67 +113,44 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         # One request per connection, so that none stays open when the server stops.
         self.close_connection = True
-        url = urlsplit(self.path)
-        path = unquote(url.path)
-        fault = self.server.hub._record(self.command, path)
+        path = unquote(urlsplit(self.path).path)
+        fault = self.server.hub._fault(self.command, path)
         if "stall" in fault:
             self.server.hub._stopped.wait(fault["stall"])
-        if fault.get("drop") or "stall" in fault:
             return
         if "body" in fault:
-            status = 200
-            headers = {"Content-Type": "text/html"}
-            body = fault["body"]
+            status, headers, body = 200, {"Content-Type": "text/html"}, fault["body"]
         elif "status" in fault:
-            status = fault["status"]
-            headers = {"X-Error-Message": "injected fault"}
-            body = b"injected fault"
+            status, headers, body = fault["status"], {}, b"injected fault"
         else:
-            status, headers, body = self._answer(path, parse_qs(url.query))
-        file = body if isinstance(body, _File) else _File(body)
+            status, headers, body = self._answer(path)
+        size = len(body)
         start = 0
-        end = file.size
         # Ranges of any other form are ignored, which HTTP allows.
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if status == 200 and wanted:
-            start = min(int(wanted[1]), file.size)
-            end = min(int(wanted[2] or file.size) + 1, file.size)
-            if start < end:
-                status = 206
-                headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
-            else:
-                status = 416
-                headers["Content-Range"] = f"bytes */{file.size}"
-        headers["Content-Length"] = str(end - start)
-        headers["ETag"] = f'"{file.etag}"'
-        headers["Accept-Ranges"] = "bytes"
-        headers["Connection"] = "close"
+            start = min(int(wanted[1]), size)
+            status, part = (206, f"{start}-{size - 1}") if start < size else (416, "*")
+            headers["Content-Range"] = f"bytes {part}/{size}"
+        headers |= {"Content-Length": str(size - start), "ETag": f'"{_etag(body)}"'}
+        headers |= {"Accept-Ranges": "bytes", "Connection": "close"}
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self._send(file, start, min(end - start, fault.get("truncate", end)), fault.get("flip"))
+            sent = bytearray(body)
+            if "flip" in fault:
+                sent[fault["flip"]] ^= 255
+            self.wfile.write(sent[start:][: fault.get("truncate")])
 
     do_HEAD = do_GET
 
-    def _send(self, file, start, n_bytes, flip=None):
-        with file.open() as f:
-            f.seek(start)
-            while n_bytes > 0 and (chunk := f.read(min(n_bytes, CHUNK))):
-                if flip is not None and start <= flip < start + len(chunk):
-                    chunk = bytearray(chunk)
-                    chunk[flip - start] ^= 255
-                self.wfile.write(chunk)
-                start += len(chunk)
-                n_bytes -= len(chunk)
-
-    def _answer(self, path, query):
+    def _answer(self, path):
         """(status, headers, body) of the answer to a request that no fault befalls."""
         hub = self.server.hub
-        binary = {"Content-Type": "application/octet-stream"}
         if path.startswith("/plain/") and path[7:] in hub.plain:
-            return 200, binary, hub.plain[path[7:]]
+            return 200, {}, hub.plain[path[7:]]
         match = HUB_PATH.fullmatch(path)
         # The client chooses its exception type by X-Error-Code.
         if not match or match["repo"] not in hub.repos:
@@ -214,37 +162,26 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"Invalid rev id"
         headers = {"X-Repo-Commit": sha}
         if match["kind"] == "resolve" and where in files:
-            return 200, headers | binary, files[where]
+            return 200, headers, files[where]
         answer = None
         if match["kind"] == "tree":
-            answer = _tree(files, where, query.get("recursive") == ["true"])
-        elif match["kind"] in (None, "revision"):
-            siblings = [{"rfilename": name} for name in files]
-            answer = {"id": match["repo"], "sha": sha, "private": False, "tags": []}
-            answer["siblings"] = siblings
+            answer = _tree(files, where)
+        elif match["kind"] is None:
+            answer = {"id": match["repo"], "sha": sha, "private": False, "tags": [], "siblings": []}
         if not answer:
             return 404, headers | {"X-Error-Code": "EntryNotFound"}, b"Entry not found"
         return 200, headers | {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
 
-def _tree(files, folder, recursive):
+def _tree(files, folder):
     """Lists a folder in the form of the Hub's tree endpoint; an empty list if there is no such folder."""
     prefix = folder.rstrip("/") + "/" if folder else ""
     entries = {}
-    for name, file in files.items():
-        if not name.startswith(prefix):
-            continue
-        parts = name[len(prefix) :].split("/")
-        depths = len(parts) if recursive else 1
-        for depth in range(1, depths + 1):
-            path = prefix + "/".join(parts[:depth])
-            entry = {"type": "directory", "path": path, "size": 0, "oid": _sha1(path)}
+    for name, content in files.items():
+        if name.startswith(prefix):
+            path = prefix + name[len(prefix) :].split("/")[0]
+            entries[path] = {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
             if path == name:
-                lfs = {"oid": file.etag, "size": file.size, "pointerSize": 134}
-                entry |= {"type": "file", "size": file.size, "oid": _sha1(file.etag), "lfs": lfs}
-            entries[path] = entry
+                lfs = {"oid": _etag(content), "size": len(content), "pointerSize": 134}
+                entries[path] |= {"type": "file", "size": len(content), "lfs": lfs}
     return list(entries.values())
-
-
-def _sha1(text):
-    return hashlib.sha1(text.encode()).hexdigest()

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,8 +34,7 @@ def test_operations_are_counted():
     assert recorded(lambda: torch.mm(a, b, out=torch.zeros(8, 4)))[-1] == ("mm", 896, 1024)
     assert recorded(lambda: a.view(4, 32).t()[:, None].transpose(0, 1)) == []  # nothing is moved
     assert recorded(lambda: a.add_(1.0)) == [("add_", 2 * 4 * 128, 0)]  # read and written
-    expanded = torch.zeros(1).expand(1000)
-    assert recorded(expanded.neg) == [("neg", 4 + 4000, 0)]
+    assert recorded(torch.zeros(1).expand(1000).neg) == [("neg", 4 + 4000, 0)]
     weight = torch.nn.Parameter(torch.zeros(1000))
     weight.grad = torch.zeros(1000)
     optimizer = torch.optim.AdamW([weight], fused=True)
@@ -45,55 +45,37 @@ def test_operations_are_counted():
 
 def test_causal_attention_is_half_of_the_square():
     q = torch.zeros(2, 3, 64, 16)
-    forward = torch.ops.aten._scaled_dot_product_flash_attention.default
     square = 2 * 3 * 64 * 64 * 16 * 4  # two products
+    forward = torch.ops.aten._scaled_dot_product_flash_attention.default
     assert trace.count_flops(forward, (q, q, q, 0.0, False), {}, (q,)) == square
     assert trace.count_flops(forward, (q, q, q, 0.0, True), {}, (q,)) == square / 2
     assert trace.count_flops(forward, (q, q, q), {"is_causal": True}, (q,)) == square / 2
-
-
-def dependence(name, index, **ranges):
-    symbols = tuple(sympy.Symbol(variable, integer=True) for variable in ranges)
-    sizes = tuple(sympy.Integer(n) for n in ranges.values())
-    return MemoryDep(name, sympy.sympify(index, locals={str(s): s for s in symbols}), symbols, sizes)
 
 
 def test_a_kernels_bytes():
     """x (64, 32), a vector that is broadcast and twice the same element, and a result made inside."""
     from torch._inductor import scheduler
 
+    i, j, token = sympy.symbols("i j token", integer=True)
+
+    def over(name, index):
+        return MemoryDep(name, index, (i, j), (sympy.Integer(64), sympy.Integer(32)))
+
     class Node(scheduler.BaseSchedulerNode):
-        def __init__(self, reads, writes):
-            self.read_writes = SimpleNamespace(reads=set(reads), writes=set(writes))
-            self.made = [dep.name for dep in writes]
-
-        def get_nodes(self):
-            return [self]
-
-        def get_buffer_names(self):
-            return self.made
+        def __init__(self, reads, made):
+            self.read_writes = SimpleNamespace(reads=reads, writes=[over(made, 32 * i + j)])
+            self.get_nodes = lambda: [self]
+            self.get_buffer_names = lambda: [made]
 
     graph = SimpleNamespace(removed_buffers={"inside"}, get_dtype=lambda name: torch.bfloat16)
     graph.get_numel = {"x": 2048, "vector": 32, "inside": 2048, "y": 2048}.get
-    square = dict(i=64, j=32)
-    x, inside, y = (dependence(name, "32*i + j", **square) for name in ("x", "inside", "y"))
-    first = Node([x, dependence("vector", "j", **square)], [inside])
-    second = Node([inside, x, dependence("x", "32*i + 31 - j", **square)], [y])
-    kernel = SimpleNamespace(removed_buffers=set())
+    x = over("x", 32 * i + j)
+    first = Node([x, over("vector", j)], "inside")
+    second = Node([over("inside", 32 * i + j), x, over("x", 32 * i + 31 - j)], "y")
     with V.set_graph_handler(graph):
-        n_bytes, _ = trace.kernel_bytes(kernel, [first, second])
+        n_bytes, _ = trace.kernel_bytes(SimpleNamespace(removed_buffers=set()), [first, second])
     assert n_bytes == 2 * (2048 + 32 + 2048)  # x once, though by two expressions
-    rows = dependence("table", "32*token + j", i=64, j=32)  # token was loaded: no range
-    assert trace.count_elements(rows) == 64 * 32
-
-
-def test_names_of_inductor_that_are_replaced():
-    from torch._inductor import async_compile, output_code
-    from torch._inductor.codegen import triton, wrapper
-
-    assert callable(async_compile.AsyncCompile.triton) and callable(output_code.CompiledFxGraph.__call__)
-    assert callable(triton.TritonScheduling.define_kernel)
-    assert callable(wrapper.PythonWrapperCodegen.next_kernel_suffix)
+    assert trace.count_elements(over("table", 32 * token + j)) == 64 * 32  # token was loaded: no range
 
 
 def call(name, n_bytes, flops=0, graph="forward", kind="extern", dtype="bfloat16", shapes=()):
@@ -151,11 +133,9 @@ def test_the_table_has_the_measurement_beside_the_estimate(run, tmp_path):
     record = json.loads((ROOT / "results/gpu/gpt2-a100.json").read_text())
     record["measured"] = {"rows": 64, "rates": [180e3, 190e3, 170e3], "peak": 32e9, "curve": "equal"}
     report.write(report.path_of(tmp_path / "new", "x/train_gpt2.py", "a100"), record)
-    status, said = run(command, "table", "new")
-    cells = table_rows(said)["train_gpt2.py"]
-    assert status == 0 and cells[:2] == ["a100", "64"]
+    cells = table_rows(run(command, "table", "new")[1])["train_gpt2.py"]
+    assert cells[:2] == ["a100", "64"]
     assert cells[-3:] == ["198k", "180k, 32.0 GB, losses equal", "15.4 h, 1.9 h"]
-    assert any("64 rows of 1,024 tokens" in line for line in report.details(record))
     assert "OutOfMemoryError" in report.details(record | {"error": "OutOfMemoryError: 1 TB"})[-1]
 
 
@@ -177,31 +157,30 @@ def test_without_cudas_libraries_it_says_how_to_get_them():
 @pytest.mark.slow
 @pytest.mark.skipif(no_cuda, reason="torch is not a CUDA build")
 def test_a_script_on_a_gpu_that_is_not_there(tmp_path):
-    text = (ROOT / "train_gpt2.py").read_text().replace("n_layer: int = 12", "n_layer: int = 1")
-    (tmp_path / "train_mine.py").write_text(text)
+    text = (ROOT / "train_gpt2.py").read_text()
+    (tmp_path / "train_mine.py").write_text(text.replace("n_layer: int = 12", "n_layer: int = 1"))
     status, said, _ = gpu("fake", tmp_path / "train_mine.py", "--rows", 8, "--out", tmp_path)
     record = json.loads((tmp_path / "mine-a100.json").read_text())
     assert status == 0 and record["graphs"] == {"forward": 1, "backward": 1} and not record["breaks"]
     assert record["chosen_rows"] == 64 and 10e9 > record["peak"] > 16 * record["parameters"]
-    products = 6 * (50_304 + 12 * 768) * 768  # forward and backward, of the head and a block
-    assert record["flops_per_token"]["products"] == products
+    # forward and backward, of the head and a block
+    assert record["flops_per_token"]["products"] == 6 * (50_304 + 12 * 768) * 768
 
 
 @pytest.mark.parametrize("arguments, fact", [
     (["fake", "train_none.py"], "train_none.py"),
+    (["bench", "train_mine.py"], "train_mine.py has no start"),
     (["bench", ROOT / "train_gpt2.py", "--steps", "0"], "--steps 0"),
     (["fake", ROOT / "train_gpt2.py", "--price", "nan"], "--price nan"),
     (["table", ROOT / "tests"], "tests"),
 ])  # fmt: skip
 def test_what_can_not_be_is_one_line(run, arguments, fact):
+    Path("train_mine.py").write_text("class Config:\n    pass\n\nclass Model:\n    pass\n")
     status, said = run(command, *arguments)
     assert status == 1 and fact in said and said.count("\n") == 1
 
 
 def test_steps_are_the_scripts_own_and_taken_in_turn(tmp_path, capsys):
-    (tmp_path / "train_mine.py").write_text("class Config:\n    pass\n\nclass Model:\n    pass\n")
-    with pytest.raises(SystemExit, match="train_mine.py has no start"):
-        step.load(tmp_path / "train_mine.py")
     for name in "ab":
         text = (ROOT / "train_gpt2.py").read_text().replace("n_layer=4", "n_layer=1")
         text += "\nown_step = train_step\ndef train_step(*args):\n"
@@ -210,7 +189,6 @@ def test_steps_are_the_scripts_own_and_taken_in_turn(tmp_path, capsys):
     found = step.measure([tmp_path / "train_a.py", tmp_path / "train_b.py"], 2, rows=2, tiny=True)
     assert capsys.readouterr().out.split() == "a 0 b 0 a 1 b 1 a 2 b 2 a 3 b 3".split()
     assert [len(mine["rates"]) for mine in found] == [2, 2] and min(found[0]["rates"]) > 0
-    assert found[0]["rows"] == 2 and found[0]["first_step"] > 0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma", "deepseek", "mta", "rwkv"])

@@ -1,6 +1,5 @@
 """Losses by document, by position, by context and of n-grams, where they are known."""
 import dataclasses
-import functools
 import json
 import math
 import statistics
@@ -46,12 +45,6 @@ class Model(torch.nn.Module):
 
 
 @pytest.fixture
-def ask(run):
-    """ask(*arguments) -> (exit status, what tools.probe printed)."""
-    return functools.partial(run, probe)
-
-
-@pytest.fixture
 def made(tmp_path, sample):
     """made(name, seed, **fields of Config) -> the folder of a run on the sample, with random weights."""
     data = fineweb.open_dataset(sample, 257, 100)
@@ -85,10 +78,10 @@ def windows(sample, count, block_size=64):
     return fineweb.Windows(sample, "val", block_size).rows(np.arange(count))
 
 
-def test_losses_by_position(ask, made, sample, monkeypatch):
+def test_losses_by_position(run, made, sample, monkeypatch):
     monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 200)  # several passes
     folder = made("tiny", block_size=256)
-    status, said = ask("position", folder, "--windows", 20, "--json", "out/position.json")
+    status, said = run(probe, "position", folder, "--windows", 20, "--json", "out/position.json")
     (found,) = json.loads(Path("out/position.json").read_text())
     expected = known_losses(folder, windows(sample, 20, 256))
     assert status == 0 and list(found["losses"]) == ["1 to 32", "33 to 128", "129 to 256"]
@@ -109,9 +102,10 @@ def test_the_same_tokens_are_guessed_with_each_length():
         assert (pieces.diff(dim=1) == 1).all()  # neighbours in the text
 
 
-def test_what_is_lost_with_less_text(ask, made, sample):
+def test_what_is_lost_with_less_text(run, made, sample):
     folder = made("tiny")
-    status, said = ask("context", folder, made("short", block_size=16), "--windows", 9, "--json", "c.json")
+    folders = folder, made("short", block_size=16)
+    status, said = run(probe, "context", *folders, "--windows", 9, "--json", "c.json")
     found = json.loads(Path("c.json").read_text())[0]["losses"]
     assert status == 0 and list(found) == [*[f"at most {n}" for n in (2, 4, 8, 16, 32)], "all 64"]
     rows = windows(sample, 9)
@@ -126,24 +120,20 @@ def test_what_is_lost_with_less_text(ask, made, sample):
 # ---- documents
 
 
-def test_losses_by_document(ask, made, sample):
+def test_losses_by_document(run, made, sample):
     first, second = made("a-1"), made("b-1", seed=2)
-    status, said = ask("documents", first, second, "--tokens", 4096, "--json", "d.json")
+    status, said = run(probe, "documents", first, second, "--tokens", 4096, "--json", "d.json")
     assert status == 0, said
     kept = json.loads(Path("d.json").read_text())
     rows = windows(sample, 64)
     loss = known_losses(first, rows).flatten()
-    expected = [[]]
-    for each, token in zip(loss, rows[:, 1:].flatten(), strict=True):
-        expected[-1].append(each)
-        if token == 256:
-            expected.append([])  # the end counts to the document before it
-    expected = [each for each in expected if each]
+    ends = np.flatnonzero(rows[:, 1:].flatten() == 256) + 1  # an end counts to the document before it
+    expected = [each for each in np.split(loss, ends) if len(each)]
     assert [document["tokens"] for document in kept["documents"]] == [len(each) for each in expected]
     found = kept["runs"][0]
     assert found["losses"] == pytest.approx([statistics.mean(each) for each in expected], abs=2e-5)
     assert table_rows(said)["a"][0] == f"{loss.mean():.4f}"
-    status, again = ask("documents", "d.json")
+    status, again = run(probe, "documents", "d.json")
     assert status == 0 and said.endswith(again) and again.startswith("4,096 tokens of ")
 
 
@@ -197,36 +187,37 @@ def test_an_interval_over_documents_holds_whatever_their_lengths(spread):
     assert 0.94 <= held / 2000 <= 0.965
 
 
-def test_the_scores_in_results_are_read(ask):
-    status, said = ask("documents", ROOT / "results/architectures/documents-0.25M.json")
+def test_the_scores_in_results_are_read(run):
+    status, said = run(probe, "documents", ROOT / "results/architectures/documents-0.25M.json")
     pair = table_rows(said)["architectures-0.25M-rwkv – architectures-0.25M-gemma"]
     assert status == 0 and pair[:5] == ["-0.0114", "0.0227", "0.0067", "0.0237", "0.185"]
 
 
-def test_mistakes_are_one_line(ask, made, tmp_path):
+def test_mistakes_are_one_line(run, made, sample, tmp_path):
     good = made("good")
     (tmp_path / "none.json").write_text("{}")
-    ask("documents", good, "--tokens", 2048, "--json", "a.json")
+    run(probe, "documents", good, "--tokens", 2048, "--json", "a.json")
     for arguments, words in (
         (["context", tmp_path / "nowhere"], "holds no checkpoint"),
         (["context", made("odd", block_size=24)], "24 tokens"),
-        (["position", made("other", fingerprint="x")], "was trained on other data"),
+        (["position", made("other", fingerprint="x")], "other data"),
         (["position", good, "--windows", 1], "--windows"),
         (["documents", "none.json"], "none.json"),
         (["documents", "a.json", good, "--tokens", 4096], "same documents"),
+        (["ngrams", "--data_dir", sample, "--largest", 8], "--largest 8"),
     ):
-        status, said = ask(*arguments)
+        status, said = run(probe, *arguments)
         assert status == 1 and words in said.splitlines()[-1], said
     path = good / "step_000007.pt"
     torch.save(torch.load(path, weights_only=True) | {"script": "os"}, path)
-    status, said = ask("position", good)
+    status, said = run(probe, "position", good)
     assert status == 1 and "is no training script" in said
 
 
-def test_a_real_run_without_a_copy_of_its_script(ask, run, sample):
+def test_a_real_run_without_a_copy_of_its_script(run, sample):
     assert run(train_gpt2, *SMALL, f"--data_dir={sample}", "--max_steps=1", "--run_name=a")[0] == 0
     Path("log/a/train_gpt2.py").unlink()
-    status, _ = ask("position", "log/a", "--windows", 16, "--json", "p.json")  # 512 tokens, as --val_tokens
+    status, _ = run(probe, "position", "log/a", "--windows", 16, "--json", "p.json")  # all --val_tokens
     (found,) = json.loads(Path("p.json").read_text())
     loss = events(Path("log/a"), "val")[-1]["loss"]
     assert status == 0 and found["losses"]["1 to 32"][0] == pytest.approx(loss, rel=1e-5)
@@ -258,10 +249,8 @@ def plain(train, val, vocab_size, largest):
             for at in range(1, len(row)):
                 total -= math.log(chance(tuple(row[max(0, at - n + 1) : at]), row[at]))
         found.append(total / (len(val) * (val.shape[1] - 1)))
-    sizes = []
-    for n in range(1, largest + 1):
-        sizes.append(sum(len(after) for history, after in following.items() if len(history) < n))
-    return found, sizes
+    lengths = [len(history) + 1 for history, after in following.items() for _ in after]
+    return found, [sum(length <= n for length in lengths) for n in range(1, largest + 1)]
 
 
 @pytest.mark.parametrize("largest", [1, 2, 5])
@@ -275,27 +264,13 @@ def test_the_losses_of_n_grams_are_those_of_a_plain_count(largest):
     assert found == pytest.approx(wanted, rel=1e-12) and entries == sizes
 
 
-def test_what_needs_two_tokens_is_learnt_with_three():
-    """Each token is the sum of the two before it: pairs say nothing, triples everything."""
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, 7, size=(4000, 10))
-    for at in range(2, 10):
-        rows[:, at] = (rows[:, at - 1] + rows[:, at - 2]) % 7
-    (one, two, three), _ = probe.ngram_losses(rows[:3000], rows[3000:], 7, 3)
-    assert one == pytest.approx(math.log(7), abs=0.01) and two == pytest.approx(math.log(7), abs=0.01)
-    assert three < 0.15 * math.log(7) + 1 / 9 * math.log(7)  # the first of a row's nine can't be known
-
-
-def test_the_n_grams_of_a_run(ask, sample):
+def test_the_n_grams_of_a_run(run, sample):
     options = ["ngrams", "--data_dir", sample, "--largest", 4, "--val_tokens", 4096]
-    status, said = ask(*options, "--steps", 40, "--json", "out/ngram.json")
+    status, said = run(probe, *options, "--steps", 40, "--json", "out/ngram.json")
     kept = json.loads(Path("out/ngram.json").read_text())
-    made = table_rows(said)
-    shown = [made[str(n)][0] for n in range(1, 5)]
+    shown = [table_rows(said)[str(n)][0] for n in range(1, 5)]
     assert status == 0 and shown == [f"{loss:.4f}" for loss in kept["losses"]]
     assert kept["losses"] == sorted(kept["losses"], reverse=True) and kept["options"]["steps"] == 40
-    more = table_rows(ask(*options, "--steps", 160)[1])
+    more = table_rows(run(probe, *options, "--steps", 160)[1])
     assert float(more["4"][0]) < kept["losses"][-1]  # more text, a lower loss
-    assert ask(*options, "--steps", 40, "--seed", 2)[1] != said  # other windows
-    status, said = ask("ngrams", "--data_dir", sample, "--largest", 8)
-    assert status == 1 and "--largest 8" in said
+    assert run(probe, *options, "--steps", 40, "--seed", 2)[1] != said  # other windows
