@@ -48,6 +48,7 @@ class Config:
     rank_a: int = 64  # rank of the in-context learning rate's matrices
     rank_v: int = 32  # rank of the value residual's matrices
     rank_g: int = 128  # rank of the gate's matrices
+    kernel: Literal["auto", "torch"] = "auto"  # of the recurrence; auto: fla's on CUDA, if it is installed
 
     # ---- the run: the same in every script
     vocab_size: int = 50_304  # GPT-2's 50,257 tokens, padded to a multiple of 128
@@ -225,6 +226,29 @@ def recurrence(r, log_w, k, v, a, b, state):
     return y[:, :T], state.view(B, H, D, D)
 
 
+def can_fla():
+    """Whether flash-linear-attention (fla-core) and a CUDA device for its kernels are here; says so once."""
+    import importlib.util
+    import sys
+
+    if not torch.cuda.is_available() or importlib.util.find_spec("fla") is None:
+        return False
+    if "fla" not in sys.modules:
+        say("recurrence by flash-linear-attention's kernel; without it: --kernel torch")
+        import fla.ops.rwkv7
+    return True
+
+
+def fla_recurrence(r, log_w, k, v, a, b, state, dtype):
+    """recurrence in Triton, of inputs that are rounded to a dtype of 16 bits; log_w and the state are not."""
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
+    options = dict(initial_state=state, output_final_state=True, lower_bound=-math.exp(-0.5))  # of log_w
+    y, state = chunk_rwkv7(r, log_w, k, v, a, b, **options)
+    return y.to(log_w.dtype), state
+
+
 class Attention(nn.Module):
     """Time mixing, in attention's place (section 4.1): (B, T, C) -> (B, T, C).
 
@@ -257,6 +281,7 @@ class Attention(nn.Module):
         self.k_a = nn.Parameter(torch.empty(C))
         self.r_k = nn.Parameter(torch.empty(H, C // H))
         self.head_norm = nn.GroupNorm(H, C, eps=64e-5)
+        self.may_fla = config.kernel == "auto" and can_fla()
 
     def forward(self, x, v_first, last, state):
         """x, the first layer's values (None in it), the x before these, the state -> y, values, state."""
@@ -279,12 +304,14 @@ class Attention(nn.Module):
     def mix_time(self, r, w, k, v, a, state):
         """The projections (B, T, C) and the state before them -> y (B, T, C) and the state after them.
 
-        In fp32 under autocast, too: exponentials of sums over a chunk and the inverse need it.
+        In fp32 under autocast, too: exponentials of sums over a chunk and the inverse need it. fla's
+        kernel rounds its inputs to 16 bits and has these in fp32 by itself.
         TF32 on CUDA is enough, an error of 2e-3, as large as that of bf16 inputs.
         """
         B, T, C = r.shape
         with torch.autocast(r.device.type, enabled=False):
             dtype = self.w0.dtype
+            given = r.dtype  # of 16 bits under autocast
             r = r.to(dtype)
             k = k.to(dtype)
             v = v.to(dtype)
@@ -296,7 +323,11 @@ class Attention(nn.Module):
             k = (k * (1 + (a - 1) * self.k_a)).view(heads)  # the key to write
             r = r.view(heads)
             v = v.view(heads)
-            y, state = recurrence(r, log_w.view(heads), k, v, -removed, removed * a.view(heads), state)
+            inputs = (r, log_w.view(heads), k, v, -removed, removed * a.view(heads), state)
+            if self.may_fla and r.is_cuda and given.itemsize == 2:
+                y, state = fla_recurrence(*inputs, given)
+            else:
+                y, state = recurrence(*inputs)
             y = self.head_norm(y.reshape(B * T, C)).view(heads)
             y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v  # plus the token's own value, past the state
             return y.view(B, T, C), state

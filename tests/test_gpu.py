@@ -78,6 +78,23 @@ def test_a_kernels_bytes():
     assert trace.count_elements(over("table", 32 * token + j)) == 64 * 32  # token was loaded: no range
 
 
+def test_kernels_that_are_not_inductors_are_counted_and_not_launched(monkeypatch):
+    class Kernel:
+        fn = torch.relu
+
+        def run(self, *args, grid, warmup, **kwargs):
+            return "compiled" if warmup else pytest.fail("launched")
+
+    stub = SimpleNamespace(JITFunction=Kernel, Autotuner=type("Autotuner", (), {}))
+    for name in ("triton", "triton.runtime", "triton.runtime.autotuner", "triton.runtime.jit"):
+        monkeypatch.setitem(sys.modules, name, stub)
+    trace.install_launches()
+    x = torch.zeros(4, 8)
+    assert Kernel().run(x, x, 5, grid=(1,), warmup=False, out=torch.zeros(2)) == "compiled"
+    last = trace.trace.calls[-1]
+    assert (last.name, last.n_bytes) == ("relu", 4 * (32 + 2)) and trace.trace.own["relu"] == "compiled"
+
+
 def call(name, n_bytes, flops=0, graph="forward", kind="extern", dtype="bfloat16", shapes=()):
     return trace.Call(graph, kind, name, n_bytes, flops, dtype, list(shapes))
 
@@ -117,7 +134,7 @@ def test_an_update_is_spread_over_the_whole_batch():
              call("_fused_adamw_", 4e6, graph="update")]  # fmt: skip
     found = report.estimate(calls, record, report.GPUS["h200"], 0)
     assert found["bytes_per_token"] == {"products": 1e6, "rest": 1e6, "update": 100 + 12 * 10 * 9 / 40_000}
-    assert found["tokens_per_second"] == 1 / sum(found["seconds_per_token"].values()) < found["bound"]
+    assert found["tokens_per_second"] == 1 / sum(found["seconds_per_token"].values())
     assert found["launches"] == 1 and list(found["costliest"])[0].startswith("mm")
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from helpers import assert_all_close, assert_close, gradients, perturbed, tokens
 from reference import cross_entropy, recurrence_by_token, rwkv_logits
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,6 +75,67 @@ def test_chunks_equal_the_recurrence(kind, T):
         ours = results(recurrence, rounded)
         assert all(tensor.dtype == dtype for tensor in ours.values())
         assert_all_close(ours, exact, relative)
+
+
+INTERPRETED = """
+import builtins, functools, sys
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.interpreter import TensorHandle
+from fla.ops.generalized_delta_rule.dplr import chunk_h_bwd, chunk_h_fwd
+import test_rwkv
+import train_rwkv
+
+Autotuner._bench = lambda self, *args, **kwargs: 0.0  # there is no device to time configurations on
+Autotuner.check_disk_cache = lambda self, key, configs, choose: choose()
+
+
+def counters(*bounds):  # the interpreter would hand the kernels ints, which have no .to
+    values = [bound.handle.data.item() if isinstance(bound, tl.tensor) else int(bound) for bound in bounds]
+    for i in builtins.range(*values):
+        yield tl.tensor(TensorHandle(np.array([i], dtype=np.int32), tl.int32), tl.int32)
+
+
+chunk_h_fwd.range = chunk_h_bwd.range = counters
+recurrence = functools.partial(train_rwkv.fla_recurrence, dtype=torch.float16)
+inputs = test_rwkv.inputs("typical", 100, B=1)
+torch.save(test_rwkv.results(recurrence, {name: x.float() for name, x in inputs.items()}), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs `pip install fla-core triton`")
+def test_flas_kernel_is_the_recurrence(tmp_path):
+    """Read by Triton's interpreter, in fp16, since it has no bf16: a pass in each direction over two chunks."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", INTERPRETED, str(tmp_path / "found.pt")]
+    result = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    exact = results(recurrence_by_token, inputs("typical", 100, B=1))
+    assert_all_close(torch.load(tmp_path / "found.pt"), exact, 2e-3)
+
+
+def test_flas_kernel_is_taken_in_16_bits_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(train_rwkv, "can_fla", lambda: True)
+    monkeypatch.setattr(train_rwkv, "fla_recurrence", None)  # would fail if asked for
+    model, idx = make(), tokens(1, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(idx)
+    asked = []
+
+    def kernel(r, log_w, k, v, a, b, state, dtype):
+        asked.append(dtype)
+        return v, state
+
+    monkeypatch.setattr(train_rwkv, "fla_recurrence", kernel)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model(idx)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(idx)
+    assert asked == [torch.bfloat16] * 3
+    make(kernel="torch")(idx)
 
 
 # ---- the model
@@ -215,26 +277,6 @@ def test_optimizer_groups():
     assert groups == {(0.1, 1.0): decayed, (0.0, 2.0): fast, (0.0, 1.0): rest}
 
 
-def test_first_steps_with_the_recipes_tiny_eps_are_finite():
-    """Half of the gradients are exactly 0 at first, behind matrices of zeros, and 0 / (0 + eps) must be 0."""
-    config = Config(**SMALL | train_rwkv.RECIPE)
-    assert config.adam_eps == 1e-18 and config.beta2 == 0.99
-    torch.manual_seed(0)
-    model = Model(config)
-    idx, targets = tokens(2, 2, 9)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    groups = model.optimizer_groups()
-    optimizer = torch.optim.AdamW(groups, lr=8e-4, betas=(0.9, 0.99), eps=config.adam_eps, fused=True)
-    for step in range(3):
-        optimizer.zero_grad()
-        model(idx, targets)[1].backward()
-        if step == 0:
-            assert not model.blocks[0].attention.w1.grad.any()
-        optimizer.step()
-    for name, parameter in model.named_parameters():
-        assert (parameter - before[name]).abs().max() < 3 * 2.1 * 8e-4, name  # never true of nan
-
-
 # ---- loss, decoding, numbers
 
 
@@ -265,15 +307,11 @@ def test_states_are_fp32_under_autocast_and_fp64_in_double(monkeypatch):
     monkeypatch.setattr(train_rwkv, "recurrence", spy)
     idx = tokens(1, 9)
     model = make()
-    exact, _ = model(idx)
-    seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        logits, _ = model(idx)
+        model(idx)
         _, state = model.decode(idx)
         model.decode(idx, state)
     assert seen == {torch.float32}
-    assert logits.dtype == torch.bfloat16
-    assert_close(logits, exact, 0.05)
     seen.clear()
     model.double()(idx)
     assert seen == {torch.float64}

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from helpers import (SHORT, SMALL, TORCHRUN, assert_all_learn, assert_close, assert_decodes, assert_overfits,
-                     assert_same, assert_sees_no_later_token, events, in_full, load, losses, make, size,
+from helpers import (SHORT, SMALL, TORCHRUN, assert_all_learn, assert_close, assert_decodes, assert_same,
+                     assert_sees_no_later_token, events, in_full, load, losses, make, size,
                      tiny, tokens)  # fmt: skip
 
 from tools import sync
@@ -43,21 +43,6 @@ def test_what_scripts_share_is_the_same_to_the_letter(monkeypatch, capsys):
     assert "@@" not in capsys.readouterr().out
 
 
-def test_definitions_that_some_share_are_declared():
-    names = {path.stem.removeprefix("train_"): set(sync.definitions(path)) for path in PATHS}
-    rotary = {"rope_table", "rotate"}
-    window = {"window_mask", "can_flex", "attend"}
-    assert names == {
-        "gpt2": {"Norm"},
-        "rwkv": {"Norm"},
-        "llama": {"Norm", "MLP"} | rotary,
-        "mistral": {"Norm", "MLP"} | rotary | window,
-        "gemma": rotary | window,
-        "deepseek": {"MLP"} | rotary,
-        "mta": {"Norm", "MLP"} | rotary,
-    }
-
-
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
     """The scripts in a folder of their own, which tools.sync works on."""
@@ -83,19 +68,6 @@ def test_sync_repairs_what_differs_and_nothing_else(copies, monkeypatch, name, o
     call_sync(monkeypatch)
     assert path.read_text() == own
     call_sync(monkeypatch, "--check")
-
-
-@pytest.mark.parametrize("name, line, fact", [
-    ("train_llama.py", "# Set-up: the same in every script\n", "Set-up: the same in every script"),
-    ("train_mta.py", "# The same in LLaMA, Mistral, DeepSeek and MTA.\n", "MLP"),
-])  # fmt: skip
-def test_sync_names_what_is_missing_and_changes_nothing(copies, monkeypatch, name, line, fact):
-    path = copies / name
-    without = path.read_text().replace(line, "")
-    path.write_text(without)
-    with pytest.raises(SystemExit, match=rf"{name}.*{fact}"):
-        call_sync(monkeypatch)
-    assert path.read_text() == without
 
 
 MINE = [  # a script of a user's own: a copy of train_gpt2.py with these changes
@@ -140,41 +112,26 @@ def test_a_script_of_ones_own_trains_and_its_checkpoint_is_not_taken_for_gpt2s(r
     assert status == 1 and "train_mine.py" in said and said.count("\n") == 1
 
 
-def test_the_first_sibling_differs_by_its_paper_alone():
-    arguments = ["diff", ROOT / "train_gpt2.py", ROOT / "train_llama.py"]
-    result = subprocess.run(arguments, capture_output=True, text=True)
-    assert sum(line[0] in "<>" for line in result.stdout.splitlines()) <= 115
-
-
-def test_length_order_and_imports(script):
+def test_length_order_imports_and_that_nothing_happens_at_import(script):
     text = (ROOT / f"{script.__name__}.py").read_text()
     lines = text.splitlines()
     assert len(lines) <= LINES[script.__name__]
     assert max(map(len, lines)) <= 110
     tree = ast.parse(text)
-    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    _, *body, last = tree.body  # the first is the docstring
+    defines = (ast.Import, ast.ImportFrom, ast.Assign, ast.AugAssign, ast.ClassDef, ast.FunctionDef)
+    assert all(isinstance(node, defines) for node in body)
+    assert ast.unparse(last.test) == "__name__ == '__main__'"
+    classes = [node.name for node in body if isinstance(node, ast.ClassDef)]
     expected = ["Config", "Norm", "Attention", "MLP", "Block", "Model"]
     assert [name for name in classes if name in expected] == expected
     allowed = {*sys.stdlib_module_names, "torch", "numpy", "tyro", "fineweb", "hellaswag"}
+    allowed |= {"fla"} if script.__name__ == "train_rwkv" else set()  # on CUDA, where it is installed
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
         if isinstance(node, ast.ImportFrom):
             assert node.module.split(".")[0] in allowed
-
-
-def test_nothing_happens_at_import(script):
-    tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
-    *body, last = tree.body[1:]  # without the docstring
-    defines = (ast.Import, ast.ImportFrom, ast.Assign, ast.AugAssign, ast.ClassDef, ast.FunctionDef)
-    assert all(isinstance(node, defines) for node in body)
-    assert ast.unparse(last.test) == "__name__ == '__main__'"
-    called = set()
-    for node in body:
-        if isinstance(node, (ast.Assign, ast.AugAssign)):
-            calls = [part for part in ast.walk(node.value) if isinstance(part, ast.Call)]
-            called |= {ast.unparse(call.func) for call in calls}
-    assert called <= {"dict", "Path"}
 
 
 def test_help_names_every_option_with_the_value_that_runs(script, monkeypatch, capsys):
@@ -303,21 +260,12 @@ def test_a_token_changes_nothing_before_it_and_neither_does_padding(script):
         torch.testing.assert_close(model(idx[:, :n])[0], before[:, :n], rtol=1e-4, atol=1e-4)
 
 
-def test_the_losss_value_is_the_cross_entropy_alone(script):
-    model = make(script)
-    idx, targets = tokens(2, 48), tokens(2, 48, seed=1)
-    for is_training in (True, False):
-        model.train(is_training)
-        logits, no_loss = model(idx)
-        no_logits, loss = model(idx, targets)
-        assert no_loss is None and no_logits is None
-        plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
-
-
-def test_every_parameter_learns_and_is_in_one_group(script):
+def test_every_parameter_learns_is_in_one_group_and_is_saved_alone(script):
     model = make(script)
     assert_all_learn(model)
+    extra = model.state_dict().keys() - dict(model.named_parameters()).keys()
+    routing = {f"{block}.mlp.router.bias" for block in ("blocks.1", "blocks.2", "blocks.3", "mtp.block")}
+    assert extra == (routing if script.__name__ == "train_deepseek" else set())
     decays = {id(p): group["weight_decay"] for group in model.optimizer_groups() for p in group["params"]}
     assert decays[id(model.wte.weight)] == model.config.weight_decay and 0 in decays.values()
 
@@ -382,38 +330,8 @@ def test_one_graph_and_no_recompilation(script, dtype, relative):
     assert compiled_loss == pytest.approx(loss, rel=relative / 10)
     for ours, theirs, (name, _) in zip(compiled_gradients, gradients, model.named_parameters()):
         assert (ours - theirs).abs().max() <= relative * theirs.abs().max() + 1e-7, name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name, fields", [
-    ("rwkv", {}), ("deepseek", {"n_dense": 0, "experts": "dense", "mtp_depth": "0"}),
-])  # fmt: skip
-def test_compiled_gradients_leave_autocast_as_eager_ones_do(name, fields):
-    """Parts in fp32 under bf16 autocast have backward passes in fp32; by torch's default they wouldn't."""
-    script = importlib.import_module(f"train_{name}")
-    idx, targets = tokens(2, 48), tokens(2, 48, seed=1)
-
-    def gradient(backend):
-        torch._dynamo.reset()
-        model = make(script, n_layer=1, **fields)
-        net = torch.compile(model, dynamic=False, backend=backend) if backend else model
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = net(idx, targets)[1]
-        loss.backward()
-        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-    eager = gradient(None)
-    errors = {}
-    for choice in ("off", "same_as_forward"):  # the scripts' and the default
-        with torch._functorch.config.patch(backward_pass_autocast=choice):
-            errors[choice] = ((gradient("aot_eager") - eager).norm() / eager.norm()).item()
-    torch._dynamo.reset()
-    assert errors["off"] < 1e-5 and errors["same_as_forward"] > 1e-4, errors
-
-
-@pytest.mark.slow
-def test_overfits_one_batch(script):
-    assert_overfits(script)
+    if dtype == torch.float32:
+        assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))  # DeepSeek's routing biases
 
 
 # ---- runs
@@ -439,42 +357,16 @@ def test_resume_eval_and_sample(script, run, sample, tmp_path):
     assert status == 0 and said.count("The ") >= 2, said
 
 
-WATCHED = """\
-import os, pathlib, runpy, sys, time
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def gloo_threads():
-    names = []
-    for comm in pathlib.Path("/proc/self/task").glob("*/comm"):
-        try:
-            names.append(comm.read_text().strip())
-        except OSError:  # the thread ended between the two
-            pass
-    return [name for name in names if "gloo" in name]
-
-
-until = time.monotonic() + 10
-while gloo_threads() and time.monotonic() < until:  # a thread is listed for some ms after it has been joined
-    time.sleep(0.01)
-pathlib.Path("left" + os.environ["RANK"]).write_text(str(gloo_threads()))
-"""  # runs a script and names the threads of its process group that outlive it, where the system tells
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one(script, run, sample, tmp_path):
     # the eps: AdamW's first steps go by the gradient's sign, which is chance where it is nothing but rounding
     options = [*SHORT, f"--data_dir={sample}", "--eval_every=9", "--max_steps=3", "--micro_batch=4"]
     options += ["--adam_eps=1e-4"]
     assert run(script, *options, "--run_name=one")[0] == 0
-    (tmp_path / "watched.py").write_text(WATCHED)
-    command = [*TORCHRUN, "watched.py", script.__file__, *options, "--run_name=two"]
+    command = [*TORCHRUN, script.__file__, *options, "--run_name=two"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert result.returncode == 0 and "FutureWarning" not in result.stderr, result.stdout + result.stderr
-    # a thread of the process group that outlives it can abort Python's exit: seen once in some hundred runs
-    assert [(tmp_path / f"left{rank}").read_text() for rank in (0, 1)] == ["[]", "[]"]
     one, two = tmp_path / "log/one", tmp_path / "log/two"
     for kind, figure in (("train", "loss"), ("train", "norm"), ("val", "loss"), ("score", "acc")):
         alone = [event[figure] for event in events(one, kind)]

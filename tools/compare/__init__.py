@@ -1,13 +1,10 @@
 """
 Which model is better, by how much, and is it significant?
 
-    python -m tools.compare log/*        # -> report/leaderboard.md, pictures
-    python -m tools.compare results/demo log/mine
-                                         # with the runs of a collection
-    python -m tools.compare results/demo --only gpt2 llama
-                                         # of these models alone
-    python -m tools.compare log/mine-? --collect results/mine
-                                         # keep finished runs in one file
+    python -m tools.compare log/*    # -> report/leaderboard.md, pictures
+    python -m tools.compare results/demo log/mine    # and a collection
+    python -m tools.compare results/demo --only gpt2 llama    # of these alone
+    python -m tools.compare log/mine-? --collect results/mine   # one file
 
 Reads each run's log.jsonl and its predictions, and collections, which
 tools.study makes: many runs in one runs.jsonl. Runs of the same script, to the

@@ -107,8 +107,8 @@ class Run:
 
     def fixed_config(self):
         """Its config without what may differ between seeds of one model."""
-        fields = {"init_from": "", "recipe": "paper"} | self.config  # the first logs lacked these
-        return {name: value for name, value in fields.items() if name not in (*VARYING_FIELDS, "seed")}
+        left_out = (*VARYING_FIELDS, "seed")
+        return {name: value for name, value in self.config.items() if name not in left_out}
 
     def score(self, key, step=None):
         """A result at a step, the newest by default."""
@@ -307,13 +307,6 @@ def size_in_numbers(size):
         return math.inf
 
 
-def order(run):
-    """Sorts the runs of a collection: by size and study, entry, rate and seed."""
-    study = run.study or {"size": "", "name": "", "entry": run.folder.name.rstrip("0123456789"), "rate": 1.0}
-    size = size_in_numbers(study["size"]) if run.study else 0.0
-    return size, study["size"], study["name"], study["entry"], study["rate"], run.seed, run.folder.name
-
-
 def file_of(path):
     """The file of the collection at path, which is its folder or the file itself."""
     path = Path(path)
@@ -338,7 +331,7 @@ def add_to_collection(path, runs):
             raise Unreadable(f"{run.folder} is at step {run.steps} of {run.config['max_steps']}")
         kept[run.folder.name] = run
     lines = []
-    for run in sorted(kept.values(), key=order):
+    for _, run in sorted(kept.items()):
         lines.append(json.dumps(as_record(run), separators=(",", ":")) + "\n")
     make_folder(file.parent)
     fineweb.write_atomic(file, lambda f: f.write("".join(lines).encode()))

@@ -130,7 +130,6 @@ def estimate(calls, record, gpu, window):
         "bytes_per_token": dict(n_bytes), "flops_per_token": dict(n_flops),
         "seconds_per_token": dict(time), "tokens_per_second": 1 / sum(time.values()),
         "costliest": dict(costs.most_common(10)),
-        "bound": 1 / max(sum(n_flops.values()) / gpu.bf16, sum(n_bytes.values()) / gpu.bandwidth),
     }  # fmt: skip
 
 
@@ -233,5 +232,4 @@ def details(record):
     lines.append(f"  MB a token: {parts(record['bytes_per_token'], 1e-6)}")
     lines.append(f"  GFLOP a token: {parts(record['flops_per_token'], 1e-9)}")
     lines.append(f"  µs a token: {parts(record['seconds_per_token'], 1e6)}")
-    lines += [f"    {cost * 1e6:.3f} {name[:100]}" for name, cost in record["costliest"].items()]
-    return [*lines, f"  at most {record['bound']:,.0f} tokens/s, by all bytes or all FLOPs of the data sheet"]
+    return lines + [f"    {cost * 1e6:.3f} {name[:100]}" for name, cost in record["costliest"].items()]

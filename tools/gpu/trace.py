@@ -60,6 +60,7 @@ class Trace:
         self.graphs = {}  # id of a compiled graph -> (the graph, its kind)
         self.sources = {}  # Triton kernel -> its source
         self.kernels = {}  # Triton kernel -> (its bytes, the shapes of a template's arguments)
+        self.own = {}  # Triton kernel of the script's own, or of a library -> it, compiled
 
 
 trace = Trace()
@@ -241,6 +242,7 @@ def install():
     torch._inductor.config.fx_graph_cache = False
     torch._functorch.config.enable_autograd_cache = False
     install_operations()
+    install_launches()
 
 
 def install_operations():
@@ -270,6 +272,25 @@ def install_operations():
     library.impl("aten::nonzero", "CUDA", all_nonzero)
 
 
+def install_launches():
+    """Notes Triton kernels that aren't Inductor's; of configurations that would be timed the first counts."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        tensors = {x.data_ptr(): x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)}
+        name = self.fn.__name__
+        trace.calls.append(Call("own", "triton", name, sum(map(size, tensors.values()))))
+        trace.own[name] = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        return trace.own[name]
+
+    JITFunction.run = run
+    Autotuner._bench = lambda self, *args, **kwargs: 0.0
+    Autotuner.check_disk_cache = lambda self, key, configs, choose: choose()  # a real GPU's choice stays
+
+
 # ==========================================================================
 # Kernels to machine code
 
@@ -279,13 +300,11 @@ def compile_kernels(limit):
 
     Of them Inductor times all and takes the fastest.
     """
-    import triton
     from torch._inductor.async_compile import _load_triton_kernel_from_source
 
     torch._inductor.config.use_static_cuda_launcher = False
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    found = {}
-    for name in sorted({call.name for call in trace.calls if call.kind == "triton"}):
+    found = {name: [resources(binary, limit)] for name, binary in trace.own.items()}
+    for name in sorted({call.name for call in trace.calls if call.name in trace.sources}):
         kernel = _load_triton_kernel_from_source(name, trace.sources[name])
         found[name] = []
         for config in list(kernel.configs):
@@ -294,17 +313,17 @@ def compile_kernels(limit):
             except Exception as error:
                 found[name].append([0, 0, 0, f"{type(error).__name__}: {str(error)[:200]}"])
                 continue
-            registers, spilled = resources(tool, binary.asm["cubin"])
-            shared = binary.metadata.shared
-            too_large = shared > limit or registers * 32 * binary.metadata.num_warps > 65_536
-            found[name].append([registers, spilled, shared, "is too large" if too_large else ""])
+            found[name].append(resources(binary, limit))
     return found
 
 
-def resources(tool, cubin):
-    """(registers of a thread, words of 4 bytes that it spills)."""
+def resources(binary, limit):
+    """[registers of a thread, words of 4 bytes that it spills, shared memory, "" or why it can't run]."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary.asm["cubin"])
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -312,7 +331,10 @@ def resources(tool, cubin):
     def most(what):
         return max(map(int, re.findall(rf"{what}:(\d+)", said)), default=0)
 
-    return most("REG"), (most("STACK") + most("LOCAL")) // 4
+    registers = most("REG")
+    shared = binary.metadata.shared
+    too_large = shared > limit or registers * 32 * binary.metadata.num_warps > 65_536
+    return [registers, (most("STACK") + most("LOCAL")) // 4, shared, "is too large" if too_large else ""]
 
 
 # ==========================================================================

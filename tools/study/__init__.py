@@ -3,8 +3,7 @@ Many runs, one command: trains what is missing of a study.
 
     python -m tools.study --list                            # what there is
     python -m tools.study architectures --size w0.8M        # run it
-    python -m tools.study gpt2-rope --size 0.25M            # a variant and its
-                                                            # base
+    python -m tools.study gpt2-rope --size 0.25M            # with its base
     python -m tools.study ablations --size w0.8M --jobs 2   # two at a time
     python -m tools.study architectures --size 124M --nproc_per_node 8
     python -m tools.study hybrids --dry                     # commands alone
