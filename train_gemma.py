@@ -638,8 +638,7 @@ def main():
             say(f"step {step:05d} > {text!r}")
         return loss, step
 
-    began = time.time()
-    append(log, "run", time=began, config=vars(config), **facts)
+    append(log, "run", time=time.time(), config=vars(config), **facts)
     for key, value in (vars(config) | facts).items():
         say(f"{key:18} {value}")
 
@@ -659,6 +658,7 @@ def main():
 
             # ---- one optimizer step
             start_time = time.perf_counter()
+            began = start_time if step == first_step else began  # after the first evaluation
             batch = loader.batch(step)  # (rows of this process, T + 1)
             loss, norm, extra = train_step(net, model, optimizer, scaler, step, batch, micro_batch, autocast)
             loss, stopping = sum_over_ranks([loss / world, len(signals)], device)
@@ -673,7 +673,7 @@ def main():
             if step % config.log_every == 0:
                 rate = config.batch_tokens / seconds
                 tflops = 3 * flops * rate / world / 1e12  # backward is two forward passes' work
-                left = (time.time() - began) / (step + 1 - first_step) * (last_step - step - 1)
+                left = (time.perf_counter() - began) / (step + 1 - first_step) * (last_step - step - 1)
                 say(f"{step:5d}/{last_step}  loss {loss:.3f}  norm {norm:.2f}  {rate / 1000:.1f}k tok/s  "
                     f"{tflops:.3g} TFLOP/s  {left / 60:.1f} min left")  # fmt: skip
     is_finished = step >= config.max_steps and not stopping  # stopped in the last step it lacks its scores
