@@ -30,7 +30,7 @@ VARYING_FIELDS = (
 )  # fmt: skip
 COLLECTION = "runs.jsonl"
 THINNED = 50  # of the training steps a collection keeps one in so many
-LEAST_BATCHES = 10  # of the thinned steps, for a training loss of the last quarter
+LEAST_BATCHES = 10  # for a training loss of the last quarter
 
 
 class Unreadable(Exception):
@@ -55,6 +55,7 @@ class Run:
     study: dict | None = None  # name, size, entry, base and rate, if tools.study ran it
     machine: str | None = None  # a name for the one that trained it, if tools.study did
     bytes_per_token: float | None = None  # of the validation text
+    late_loss: float | None = None  # last_quarter() of a collection, which doesn't keep all steps
 
     def __post_init__(self):
         if self.facts["data"]["tokenizer"] == "bytes":
@@ -95,15 +96,16 @@ class Run:
         return self.facts["script"].removeprefix("train_")
 
     def last_quarter(self):
-        """The mean training loss over one in THINNED of the last quarter of its steps, in nats per token.
+        """The mean training loss over the last quarter of its steps, in nats per token.
 
         Each batch is scored before the model learns from it, so this is the loss on text from all over the
         data, as long as it reads them once. None with fewer than LEAST_BATCHES.
         """
-        last = self.config["max_steps"]
-        steps = [step for step in range(0, last, THINNED) if step >= 0.75 * last]
-        losses = [self.train.get(step, {}).get("loss") for step in steps]
-        return statistics.mean(losses) if len(losses) >= LEAST_BATCHES and None not in losses else None
+        late = [step for step in self.train if step >= 0.75 * self.config["max_steps"]]
+        losses = [self.train[step].get("loss") for step in late]
+        if self.late_loss is None and len(losses) >= LEAST_BATCHES and None not in losses:
+            return statistics.mean(losses)
+        return self.late_loss
 
     def fixed_config(self):
         """Its config without what may differ between seeds of one model."""
@@ -259,6 +261,7 @@ def as_record(run):
         "train": kept_steps(run.train),
         "median_ms": run.median_ms,
         "device_ms": run.device_ms,
+        "late_loss": run.last_quarter(),
         "val": {"step": steps, "loss": [run.val[step] for step in steps]},
         "scores": kept_scores(run.scores),
         "labels": {" ".join(key): labels for key, labels in sorted(run.labels.items())},
@@ -311,11 +314,6 @@ def file_of(path):
     """The file of the collection at path, which is its folder or the file itself."""
     path = Path(path)
     return path if path.name == COLLECTION else path / COLLECTION
-
-
-def is_collection(path):
-    """Whether path is a collection's folder or file."""
-    return file_of(path).is_file()
 
 
 def add_to_collection(path, runs):
@@ -372,7 +370,7 @@ def read_all(paths):
     left_out = []
     for path in {Path(path).resolve(): Path(path) for path in paths}.values():  # none twice
         try:
-            if is_collection(path):
+            if file_of(path).is_file():
                 found, damaged = read_lines(path)
                 runs += found
                 left_out += damaged

@@ -85,7 +85,7 @@ def set_done(job, run):
 
 def read(collection):
     """{name: Run} of a collection, empty if it isn't there. Raises runs.Unreadable."""
-    found = runs.read_collection(collection) if runs.is_collection(collection) else []
+    found = runs.read_collection(collection) if runs.file_of(collection).is_file() else []
     return {run.folder.name: run for run in found}
 
 
@@ -120,7 +120,7 @@ def reuse(jobs, fingerprints, path, args):
 
     They are added to the collection as runs of this study.
     """
-    if not runs.is_collection(path):
+    if not runs.file_of(path).is_file():
         fail(f"--reuse {path}: is no collection")
     taken = []
     others = read(path).values()
