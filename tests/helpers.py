@@ -278,11 +278,6 @@ def assert_parity(name, model, idx, targets, relative=1e-5):
     assert_close(loss, exact, 1e-6, "loss in fp64")
 
 
-def assert_saves_parameters_alone(model):
-    """A checkpoint holds nothing that can be made again, such as tables."""
-    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
-
-
 # ==========================================================================
 # Runs that were never trained, whose answers are known
 

@@ -10,7 +10,6 @@ from helpers import (assert_all_close, assert_close, assert_parity, assert_same,
 from reference import balance_loss, experts_by_loop
 
 import train_deepseek
-from tools.export import weights
 from train_deepseek import Config, Experts, Model, Router
 
 SMALL = dict(
@@ -49,11 +48,8 @@ def test_logits_loss_and_gradients_equal_transformers(fields):
 
 
 def test_parameters_and_operations_at_the_real_shapes_without_mtp():
-    pytest.importorskip("transformers")
-    with torch.device("meta"):
-        twin = weights.hf_model("deepseek", Config(mtp_depth="0"))
     model = in_full(train_deepseek, mtp_depth="0")
-    assert size(model) == size(twin) == 116_131_968
+    assert size(model) == 116_131_968
     assert model.active_parameters() == pytest.approx(67.5e6, abs=5e4)
     assert model.flops_per_token() == pytest.approx(134.9e6 + 19.7e6, abs=1e5)
 
@@ -127,16 +123,6 @@ def test_experts_equal_a_loop(load, method, dtype, relative):
             assert (ours[name][4] == 0).all()
 
 
-def test_no_token_is_dropped_when_all_choose_the_same_experts():
-    model = perturbed(train_deepseek, **SMALL)
-    for router in routers(model):
-        router.bias[:3] += 10.0
-    model(*batch())
-    *main, mtp = routers(model)
-    assert all(router.load.sum() == 3 * 24 * 3 for router in main)
-    assert mtp.load.sum() == 3 * 23 * 3  # the last token has none after next
-
-
 @pytest.mark.parametrize("dtype, compiling, method", [
     (torch.float32, False, "grouped"), (torch.bfloat16, False, "grouped"), (torch.bfloat16, True, "grouped"),
     (torch.float32, True, "dense"), (torch.float64, False, "dense"),
@@ -167,21 +153,6 @@ def test_the_balance_loss_is_that_of_the_paper():
     assert_close(gradient, expected_gradient, 1e-12)
     _, _, balance = router.eval()(x)
     assert balance == 0.0
-
-
-@pytest.mark.slow
-def test_a_compiled_router_counts_the_same_loads():
-    model = perturbed(train_deepseek, **SMALL)
-    router, other = routers(model)[:2]
-    other.load_state_dict(router.state_dict())
-    x = torch.randn(3, 24, 32)
-    torch.compiler.reset()
-    net = torch.compile(other, dynamic=False, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        router(x)
-        net(x)
-    assert router.load.sum() == 2 * 3 * 24 * 3
-    assert torch.equal(other.load, router.load)
 
 
 def mtp_by_hand(model, idx, targets):
@@ -241,15 +212,6 @@ def test_other_uses_leave_out_mtp_and_balance():
     model.eval()(idx, targets)[1].backward()
 
 
-def test_every_parameter_gets_a_gradient_however_few_the_tokens():
-    model = perturbed(train_deepseek, **SMALL)
-    for length in (2, 24):
-        _, loss = model(*batch(1, length))
-        assert gradients(model, loss).keys() == dict(model.named_parameters()).keys()
-    _, loss = model(*batch(1, 1))  # one token has none after next: the main loss alone
-    loss.backward()
-
-
 # ---- the routing bias
 
 
@@ -283,21 +245,6 @@ def test_the_bias_stays_at_the_end(step, moves):
         assert (router.bias != 0).any() == moves
 
 
-def test_loads_of_all_processes_are_added(monkeypatch):
-    model = Model(Config(**SMALL))
-    for router in routers(model):
-        router.load += torch.tensor([5, 4, 4, 4, 4, 4, 4, 3])
-
-    def all_reduce(load):  # the other process has the opposite excess, and more of it
-        load += torch.tensor([2, 4, 4, 4, 4, 4, 4, 6])
-
-    monkeypatch.setattr(train_deepseek.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(train_deepseek.dist, "all_reduce", all_reduce)
-    model.after_step()
-    for router in routers(model):
-        assert torch.equal(router.bias, torch.tensor([0.01, 0, 0, 0, 0, 0, 0, -0.01]))
-
-
 def accumulated(size):
     """{name: tensor} after a step on four rows, size at a time: gradients, loads and biases."""
     idx, targets = batch(4)
@@ -314,12 +261,7 @@ def accumulated(size):
 
 
 def test_one_batch_of_four_equals_four_of_one():
-    whole = accumulated(4)
-    rows = accumulated(1)
-    assert_all_close(rows, whole, 1e-10)
-    for i in range(3):
-        assert torch.equal(rows[f"load {i}"], whole[f"load {i}"])
-        assert torch.equal(rows[f"bias {i}"], whole[f"bias {i}"])
+    assert_all_close(accumulated(1), accumulated(4), 1e-10)
 
 
 def test_a_skipped_step_moves_and_counts_nothing():
@@ -342,12 +284,3 @@ def test_only_training_counts():
     assert all((router.load == 0).all() for router in routers(model))
     model.after_step()
     assert_same(model.state_dict(), state)
-
-
-def test_checkpoints_hold_the_bias_and_nothing_else_that_is_no_parameter():
-    model = perturbed(train_deepseek, **SMALL)
-    extra = model.state_dict().keys() - dict(model.named_parameters()).keys()
-    assert extra == {f"{block}.mlp.router.bias" for block in ("blocks.1", "blocks.2", "mtp.block")}
-    other = Model(model.config)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(batch()[0])[0], model(batch()[0])[0])

@@ -357,14 +357,6 @@ def test_a_long_run_of_blanks_is_tokenised_in_parts_to_the_same_tokens(gpt2):
         assert tokens.tolist() == gpt2.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("rows", [1, 40])
-def test_batches_are_bounded_by_their_bytes(tmp_path, rows):
-    (tmp_path / "a.jsonl").write_bytes(lines(*["x" * (3_000_000 // rows)] * rows))
-    batches = list(fineweb.read_documents(tmp_path / "a.jsonl"))
-    assert sum(len(texts) for _, texts, _ in batches) == rows
-    assert all(sum(map(len, texts[:-1])) < 1 << 20 for _, texts, _ in batches)
-
-
 def test_other_text_is_refused_and_of_many_files_the_first_that_differs_named(tmp_path, monkeypatch):
     out = tmp_path / "out"
     paths = [tmp_path / f"{number:03d}.txt" for number in range(300)]
@@ -629,16 +621,6 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path):
     assert process.returncode == -9
 
 
-def test_a_source_that_became_shorter_is_one_line(source, folder):
-    size = source.stat().st_size
-    source.write_text(json.dumps({"text": "short"}) + " " * size)
-    os.truncate(source, size)
-    last = sorted(folder.glob("*_train_*.bin"))[-1]
-    last.unlink()
-    refused(f"{last.name} .*source has changed", in_process, folder, [source])
-    assert not last.exists()
-
-
 @pytest.mark.parametrize("name, content", [("a.jsonl", b""), ("a.txt", b""), ("a.jsonl", lines("short"))])
 def test_too_little_text_is_one_line_and_none_can_be_mended(run, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -853,21 +835,6 @@ def test_shards_of_another_vocabulary_are_not_mistaken_for_gpt2s(tmp_path, name,
         os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 1)
     said = refused(f"{name} is not a token shard", fineweb.open_dataset, tmp_path)
     assert "remove" not in said and (tmp_path / name).exists()
-
-
-def test_a_table_is_no_shard_nor_are_tokens_without_a_header_by_another_name_than_nanogpts(tmp_path):
-    np.save(tmp_path / "a_train_000001.npy", gpt2_tokens(5000).reshape(-1, 2))
-    refused("a_train_000001.npy is not a token shard", fineweb.open_dataset, tmp_path)
-    gpt2_tokens(5000).tofile(tmp_path / "a_train_000001.bin")
-    refused("a_train_000001.bin is not a token shard", fineweb.open_dataset, tmp_path)
-
-
-def test_llama3s_shards_are_named(tmp_path):
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240801, 7, 1000
-    tokens = np.arange(127_000, 128_000, dtype=np.uint32)
-    (tmp_path / "tiny_shakespeare_train.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    refused("tiny_shakespeare_train.bin .*LLaMA 3.*32 bits", fineweb.open_dataset, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "edufineweb_train_000001.npy"])

@@ -2,7 +2,6 @@
 import argparse
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,19 +273,6 @@ def test_bad_options_are_one_line(run, tmp_path, options, message):
     defaults = ["--hf", "empty", "--file", "items.jsonl"]
     status, said = run(hellaswag, *defaults, *options)
     assert status == 1 and message in said and said.count("\n") == 1, said
-
-
-def test_another_file_in_the_published_ones_place_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / hellaswag.DEFAULT_FILE
-    path.parent.mkdir(parents=True)
-    write_items(path, random_items(3))
-    monkeypatch.setattr(hellaswag, "N_ITEMS", 3)
-    assert len(hellaswag.hellaswag_items(Path(hellaswag.DEFAULT_FILE))) == 3
-    assert "is not the published file" in capsys.readouterr().out
-    monkeypatch.setattr(hellaswag, "SHA256", fineweb.sha256(path))
-    assert len(hellaswag.hellaswag_items(Path(hellaswag.DEFAULT_FILE))) == 3
-    assert capsys.readouterr().out == ""
 
 
 def test_too_few_items_are_one_line(tmp_path):

@@ -73,15 +73,6 @@ def test_commands_parse(command, monkeypatch, tmp_path):
     assert ended.type is Reached or ("--help" in rest and not ended.value.code)
 
 
-def test_there_are_commands_of_each_program():
-    text = "\n".join(to_parse())
-    for program in ("train_gpt2.py --resume", "fineweb.py --files", "hellaswag.py"):
-        assert program in text
-    for name in "compare study vary export gpu probe follow".split():
-        assert f"tools.{name}" in text
-    assert "@@" not in README
-
-
 def relative_links(path):
     """The files that a Markdown file links to or shows, but for other sites and headings of its own."""
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())

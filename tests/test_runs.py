@@ -17,7 +17,6 @@ from test_fineweb import with_own_tokenizer
 from test_hellaswag import random_items, write_items
 
 import fineweb
-import train_deepseek
 import train_gpt2
 import train_rwkv
 
@@ -54,11 +53,16 @@ def start(folder, *arguments, **options):
 
 
 def test_a_run_evaluates_saves_samples_and_logs(small, log):
+    (log / "a").mkdir(parents=True)
+    for name in ("notes.txt", "step_best.pt", "log.jsonl"):
+        (log / "a" / name).write_text("mine\n")  # of a user's, and stays
     status, said = small("--max_steps=5", "--eval_every=2", "--run_name=a")
     assert status == 0, said
     names = {"log.jsonl", "train_gpt2.py", "step_00000004.pt", "step_00000005.pt"}
-    assert names <= content(log / "a").keys()
-    assert len(list((log / "a").glob("step_*.pt"))) == 2
+    found = content(log / "a")
+    assert found.pop("notes.txt") == found.pop("step_best.pt") == b"mine\n"
+    assert found["log.jsonl"].startswith(b"mine\n")
+    assert names <= found.keys() and sum(name.startswith("step_") for name in found) == 2
     assert (log / "a/train_gpt2.py").read_bytes() == (ROOT / "train_gpt2.py").read_bytes()
     assert [event["step"] for event in read_log(log / "a") if event["event"] == "train"] == [0, 1, 2, 3, 4]
     for kind, n in (("val", 4), ("score", 4), ("sample", 8)):
@@ -191,31 +195,10 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(small, log, monkey
     best = torch.load(log / "a/best.pt", weights_only=True)
     assert best["step"] == 8 and best["best"] == (2.0, 8)
     assert_same(best["model"], load(log / "a", 8)["model"])
-    # a signal in the step before an evaluation: --resume makes up for it
-    given[9] = 1.0
-    steps = iter((8,))
-    figures = train_gpt2.Model.after_step
-    monkeypatch.setattr(train_gpt2.Model, "after_step", lambda *_, **__: signal.raise_signal(signal.SIGTERM) or {})
-    assert small("--max_steps=9", "--run_name=a", "--resume")[0] == 0
-    monkeypatch.setattr(train_gpt2.Model, "after_step", figures)
-    assert load(log / "a", 9)["best"] == (2.0, 8)
-    steps = iter((9,))
-    assert small("--run_name=a", "--resume")[0] == 0
-    assert torch.load(log / "a/best.pt", weights_only=True)["best"] == (1.0, 9)
-    # a new run from these weights begins its own record
     given[0], given[2] = 9.0, 8.0
-    steps = iter((0, 2))
+    steps = iter((0, 2))  # a new run from these weights begins its own record
     assert small("--max_steps=2", "--run_name=b", "--init_from=log/a/best.pt")[0] == 0
     assert load(log / "b", 2)["best"] == (8.0, 2)
-
-
-def test_of_several_processes_the_folder_may_be_made_by_any(small, log, monkeypatch):
-    """Only the first takes the lock, which makes the folder; the others may come first."""
-    monkeypatch.setenv("RANK", "1")
-    checkpoint = train_gpt2.open_run(log / "a", train_gpt2.Config())
-    assert checkpoint == {}
-    with pytest.raises(SystemExit):
-        train_gpt2.open_run(log / "a", train_gpt2.Config(resume=True))
 
 
 # ---- resume
@@ -285,21 +268,11 @@ def test_a_signal_to_the_process_does_the_same(sample, tmp_path, log, launcher):
     assert int(checkpoint.stem[5:]) == len(losses(log / "a")) >= 4
 
 
-def flip_a_bit(path):
-    """In the middle of a weight, where nothing but a checksum can tell."""
-    content = bytearray(path.read_bytes())
-    weights = torch.load(path, weights_only=True)["model"]["wte.weight"]
-    place = content.index(weights.numpy().tobytes()) + 1000
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("damage", [
-    flip_a_bit,
     lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     lambda path: path.write_bytes(b""),
     lambda path: torch.save([1, 2], path),
-], ids=["bit", "truncated", "empty", "list"])  # fmt: skip
+], ids=["truncated", "empty", "list"])  # fmt: skip
 def test_a_damaged_checkpoint_is_said_and_the_one_before_used(small, log, damage):
     assert small("--max_steps=4", "--eval_every=2", "--run_name=a")[0] == 0
     straight = losses(log / "a")
@@ -384,28 +357,6 @@ def test_a_run_starts_from_the_weights_and_shape_of_a_checkpoint(small, run, sam
     status, said = run(train_gpt2, "--run_name=c", "--resume")
     assert status == 0, said
     assert_same(load(log / "b", 4)["model"], load(log / "c", 4)["model"])
-
-
-def test_deepseek_from_a_checkpoint_of_many_steps_begins_at_step_0(run, sample, log, monkeypatch):
-    """lambda is 0.3 and routing biases move at first; neither is so at the end of a run."""
-    common = [*SHORT, f"--data_dir={sample}", "--n_layer=2", "--n_embd=32", "--n_head=1"]
-    assert run(train_deepseek, *common, "--max_steps=1", "--run_name=a")[0] == 0
-    path = log / "a/step_00000001.pt"
-    torch.save(load(log / "a", 1) | {"step": 100_000}, path)
-    steps = []
-    after_step = train_deepseek.Model.after_step
-
-    def spy(model, **options):
-        steps.append(model.step.item())
-        return after_step(model, **options)
-
-    monkeypatch.setattr(train_deepseek.Model, "after_step", spy)
-    status, said = run(train_deepseek, *common, "--max_steps=2", "--run_name=b", f"--init_from={path}")
-    assert status == 0, said
-    assert steps == [0, 1]
-    old, new = load(log / "a", 1)["model"], load(log / "b", 2)["model"]
-    biases = [name for name in new if name.endswith("router.bias")]
-    assert biases and all((new[name] != old[name]).any() for name in biases)
 
 
 def test_weights_that_a_run_cannot_start_from_are_one_line(small, sample, tmp_path, log):
@@ -510,20 +461,18 @@ def test_out_of_memory_shrinks_the_micro_batch(find):
         find(512, 0)
 
 
-@pytest.mark.parametrize("words, is_memory", [
-    ("MPS backend out of memory (MPS allocated: 1 GB)", True),
-    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
-    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
-    ("mat1 and mat2 shapes cannot be multiplied (4x3 and 4x3)", False),
-])  # fmt: skip
-def test_only_out_of_memory_shrinks_it(find, monkeypatch, words, is_memory):
+def test_only_out_of_memory_shrinks_it(find, monkeypatch):
     """A mistake in somebody's model must be seen as what it is."""
-    monkeypatch.setattr(Fits, "error", RuntimeError(words))
-    if is_memory:
+    for words in (
+        "MPS backend out of memory (MPS allocated: 1 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ):
+        monkeypatch.setattr(Fits, "error", RuntimeError(words))
         assert find(512, 8) == 8
-    else:
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            find(512, 8)
+    monkeypatch.setattr(Fits, "error", RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        find(512, 8)
 
 
 # ---- things that go wrong
@@ -654,18 +603,6 @@ def test_a_log_that_can_not_be_written_is_one_line(small, log):
     path.unlink()
     (log / "kept").rename(path)
     assert content(log / "a") == before
-    assert small("--max_steps=3", "--resume", "--run_name=a")[0] == 0
-    assert len(losses(log / "a")) == 3
-
-
-def test_a_folder_that_holds_other_things_keeps_them(small, log):
-    (log / "a").mkdir(parents=True)
-    for name in ("notes.txt", "step_best.pt", "log.jsonl"):
-        (log / "a" / name).write_text("mine\n")
-    assert small("--max_steps=4", "--eval_every=1", "--run_name=a")[0] == 0
-    found = content(log / "a")
-    assert found["notes.txt"] == found["step_best.pt"] == b"mine\n"
-    assert found["log.jsonl"].startswith(b"mine\n") and len(losses(log / "a")) == 4
 
 
 def test_validation_is_the_mean_over_the_windows(sample):

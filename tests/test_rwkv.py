@@ -108,7 +108,7 @@ torch.save(test_rwkv.results(recurrence, {name: x.float() for name, x in inputs.
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs `pip install fla-core triton`")
 def test_flas_kernel_is_the_recurrence(tmp_path):
-    """Read by Triton's interpreter, in fp16, since it has no bf16: a pass in each direction over two chunks."""
+    """Read by Triton's interpreter, in fp16, since it can't do its bf16: both directions over two chunks."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", INTERPRETED, str(tmp_path / "found.pt")]
     result = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)

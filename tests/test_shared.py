@@ -1,12 +1,9 @@
-"""What all programs share: whole files, the log, retries, locks, signals."""
+"""What all programs share: whole files, the log, retries, signals."""
 import argparse
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 import fineweb
 
@@ -40,16 +37,16 @@ def test_the_log_is_only_added_to_and_each_event_is_a_line(tmp_path):
         fineweb.append(tmp_path, "run")
 
 
-class Unlucky:
-    """Fails with these errors one after the other, then returns "done"."""
+def unlucky(*errors):
+    """An action that fails with these errors one after the other, then returns "done"."""
+    left = list(errors)
 
-    def __init__(self, *errors):
-        self.errors = list(errors)
-
-    def __call__(self):
-        if self.errors:
-            raise self.errors.pop(0)
+    def action():
+        if left:
+            raise left.pop(0)
         return "done"
+
+    return action
 
 
 def http_error(status):
@@ -62,50 +59,21 @@ def test_retrying(monkeypatch, capsys):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     # an error without a word, as time-outs have it
-    action = Unlucky(OSError(), http_error(503), ConnectionResetError("reset\nby peer"))
+    action = unlucky(OSError(), http_error(503), ConnectionResetError("reset\nby peer"))
     assert fineweb.retrying("x", action) == "done"
     assert pauses == [1, 2, 4]
     lines = capsys.readouterr().out.splitlines()
     reasons = ("OSError", "HTTP 503", "ConnectionResetError reset by peer")
     assert all(reason in line for reason, line in zip(reasons, lines, strict=True))
     with pytest.raises(SystemExit, match="x .*HTTP 503"):
-        fineweb.retrying("x", Unlucky(http_error(503), http_error(503)), pauses=(1,))
+        fineweb.retrying("x", unlucky(http_error(503), http_error(503)), pauses=(1,))
     pauses.clear()
     for hopeless in (http_error(404), http_error(403)):
         with pytest.raises(SystemExit, match="^x "):
-            fineweb.retrying("x", Unlucky(hopeless))
+            fineweb.retrying("x", unlucky(hopeless))
     with pytest.raises(KeyError):  # a mistake in the program is no network error
-        fineweb.retrying("x", Unlucky(KeyError("y")))
+        fineweb.retrying("x", unlucky(KeyError("y")))
     assert pauses == []
-
-
-LOCKER = """\
-import pathlib, sys, time
-import fineweb
-fineweb.lock(pathlib.Path(sys.argv[1]), "wait for it", wait=len(sys.argv) > 2)
-print("locked", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.slow
-def test_a_lock_is_said_and_dies_with_its_holder(tmp_path):
-    folder = tmp_path / "new"
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
-    first = subprocess.Popen([sys.executable, "-c", LOCKER, folder], **options)
-    assert first.stdout.readline() == "locked\n"
-    with pytest.raises(SystemExit, match=f"{folder} .*: do something else$"):
-        fineweb.lock(folder, "do something else")
-    waiting = subprocess.Popen([sys.executable, "-c", LOCKER, folder, "wait"], **options)
-    assert str(folder) in waiting.stdout.readline()
-    first.kill()
-    first.wait()
-    assert waiting.stdout.readline() == "locked\n"
-    waiting.kill()
-    waiting.wait()
-    fineweb.lock(folder, "do something else")
-    fineweb.lock(folder, "twice is once")
-    fineweb.locks.pop(folder.resolve()).release()
 
 
 def test_the_first_signal_is_noted_and_the_second_is_as_without():

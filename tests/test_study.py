@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import filelock
@@ -76,14 +75,6 @@ def test_the_sizes_of_words():
         embedding = (4096 + 512) * job.config.n_embd
         assert parameters(job) - embedding == pytest.approx(blocks, rel=0.02)
         assert job.tokens == pytest.approx(8.4e6, rel=0.01)
-
-
-def test_a_size_with_the_shapes_of_another():
-    letters = entries("ablations", "0.25M")
-    text = ("vocab_size", "val_tokens", "data_dir", "max_steps", "warmup_steps", "eval_every", "run_name")
-    for entry, job in entries("ablations", "w0.25M").items():
-        theirs = letters[entry].config
-        assert replace(job.config, **{name: getattr(theirs, name) for name in text}) == theirs
 
 
 def test_the_schedule_of_a_size_and_of_another_budget():
@@ -211,15 +202,6 @@ def test_a_study_from_start_to_end(write, run, monkeypatch):
     status, said = run(study, "st.toml")
     (note,) = [line for line in said.splitlines() if line.startswith("note: ")]
     assert status == 0 and note.endswith(", ".join(names))
-
-
-@slow
-def test_scaled_inits_are_runs_of_their_own(write, run):
-    options = ("--only", "one", "--seeds", "5", "--steps", "4", "--inits", "1", "0.5", "--jobs", "2")
-    status, said = run(study, "st.toml", *options)
-    assert status == 0, said
-    assert results().keys() == {"st-0.25M-one-5", "st-0.25M-one-init0.5-5"}
-    assert "parameter.data *= 0.5" in Path("log/st-0.25M-one-init0.5-5/train_gpt2.py").read_text()
 
 
 @slow

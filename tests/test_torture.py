@@ -7,7 +7,6 @@ run that was never killed. All kills are SIGKILL to all processes.
 
 A program is killed at random times, and just before and after each of its writes gets its name.
 """
-import json
 import os
 import random
 import signal
@@ -16,9 +15,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, text
+from conftest import ROOT
 from helpers import SHORT, events, load
 from hub_server import HubServer
+from test_fineweb import bytes_of, documents, write_jsonl, write_parquet
 
 import fineweb
 
@@ -129,10 +129,8 @@ def test_a_killed_run_ends_as_one_that_was_not(name, sample, tmp_path):
 # ---- the writer and the downloads
 
 
-def folder_outcome(home):
-    """{name: bytes} of all that is in the folder but the lock."""
-    files = [path for path in (home / "out").rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(home)): path.read_bytes() for path in files}
+def out_outcome(home):
+    return bytes_of(home / "out")
 
 
 def with_notes(home):
@@ -140,28 +138,17 @@ def with_notes(home):
     (home / "out/notes.txt").write_text("a user's notes")  # which must stay as they are
 
 
-def texts(seed):
-    return [text(1 + 7 * i % 100, seed + i) for i in range(300)]
-
-
-def parquet(path):
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts(2000)}), path, row_group_size=50)
-    return path
-
-
 def test_a_killed_writer_writes_the_same_bytes(tmp_path):
-    paths = [tmp_path / "a.jsonl", tmp_path / "b.txt", parquet(tmp_path / "c.parquet")]
-    paths[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(0)))
-    paths[1].write_text("\n".join(texts(1000)))
-    Torture(tmp_path, "fineweb", ["--files", *paths, *WRITER], with_notes, folder_outcome).run()
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.txt", tmp_path / "c.parquet"]
+    write_jsonl(paths[0], documents(100))
+    paths[1].write_text("\n".join(documents(100, 1000)))
+    write_parquet(paths[2], documents(100, 2000))
+    Torture(tmp_path, "fineweb", ["--files", *paths, *WRITER], with_notes, out_outcome).run()
 
 
 @pytest.mark.parametrize("options", [WRITER, ["--pretokenized", "--out=out"]])
 def test_a_killed_download_is_the_same(options, tmp_path):
-    content = parquet(tmp_path / "c.parquet").read_bytes()
+    content = write_parquet(tmp_path / "c.parquet", documents(100)).read_bytes()
     text_files = {f"sample/10BT/{i:03d}_00000.parquet": content for i in range(3)}
     shard = fineweb.shard_header(5000) + np.arange(5000, dtype=np.uint16).tobytes()
     names = ("val_000000", "train_000001", "train_000002")
@@ -169,4 +156,4 @@ def test_a_killed_download_is_the_same(options, tmp_path):
     repository, ready_made, _ = fineweb.DATASETS["fineweb"]
     with HubServer({repository: text_files, ready_made: shards}) as hub:
         environment = {**hub.env(), "RETRY_SECONDS": "0.01"}
-        Torture(tmp_path, "fineweb", options, with_notes, folder_outcome, environment=environment).run()
+        Torture(tmp_path, "fineweb", options, with_notes, out_outcome, environment=environment).run()

@@ -20,8 +20,8 @@ p-values are corrected for the number of comparisons with one base, or of pairs 
 them, at 5%. "Not significant" doesn't mean equal: three seeds find only large differences.
 
 "Last quarter of training" is the same by the training losses, each of a batch before the model learned \
-from it (in old collections of one in fifty): not quite of the end, but of text from all over the data. Where \
-it disagrees, a few documents of the validation text may have decided.
+from it (in old collections of one in fifty): not quite of the end, but of text from all over the data. \
+Where it disagrees, a few documents of the validation text may have decided.
 
 Ratios are the first's over the second's, or the base's. Tokens/s are a hint only, since runs may share a \
 machine. Losses at equal FLOPs or time are read off the line between log loss and log tokens through runs \
