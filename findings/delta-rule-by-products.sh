@@ -16,7 +16,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
-venv/bin/pip install -q torch==2.13.0 numpy einops
+venv/bin/pip install -q torch==2.13.0 numpy einops packaging
 venv/bin/pip install -q --no-deps triton==3.9.0 fla-core==0.6.0
 cat > kernel.py <<'PYTHON'
 import builtins
