@@ -233,17 +233,20 @@ def can_fla():
 
     if not torch.cuda.is_available() or importlib.util.find_spec("fla") is None:
         return False
-    if "fla" not in sys.modules:
+    if "fla.ops.rwkv7" not in sys.modules:
+        try:
+            import fla.ops.rwkv7
+        except ImportError as error:
+            fail(f"flash-linear-attention can't be imported ({error}): mend it, or take --kernel torch")
         say("recurrence by flash-linear-attention's kernel; without it: --kernel torch")
-        import fla.ops.rwkv7
     return True
 
 
 def fla_recurrence(r, log_w, k, v, a, b, state, dtype):
     """recurrence in Triton, of inputs that are rounded to a dtype of 16 bits; log_w and the state are not.
 
-    Not with chunk_rwkv7's lower_bound, which is faster: there (I - a) is inverted by the product that
-    Solve avoids, in fp16, and repeated tokens give errors larger than the result.
+    Not with chunk_rwkv7's lower_bound: there I - a is inverted by the product that Solve avoids, in fp16,
+    and on repeated tokens the error is as large as the result.
     """
     from fla.ops.rwkv7 import chunk_rwkv7
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_fineweb import with_own_tokenizer
+from helpers import assert_close, assert_same, load, perturbed, run_facts, size, with_own_tokenizer
 
 import fineweb
 import hellaswag
-from helpers import assert_close, assert_same, load, perturbed, run_facts, size
 from tools.export import __main__ as export
 from tools.export import tokenizer as tokenizers
 from tools.export import weights, write

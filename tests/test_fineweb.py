@@ -1,6 +1,5 @@
 """The shard writer and the loader."""
 import gzip
-import itertools
 import json
 import os
 import shutil
@@ -11,72 +10,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 from conftest import ROOT, text
+from helpers import (THEIRS, bytes_of, documents, in_process, own_tokenizer, put_theirs, refused, straight,
+                     survives_a_kill_at_every_write, tokens_in, tokens_of, with_own_tokenizer, write,
+                     write_jsonl, write_parquet)  # fmt: skip
 
 import fineweb
-
-
-def write(folder, *options, env=None):
-    """Runs fineweb.py with these options in folder: (exit status, what it printed)."""
-    command = [sys.executable, ROOT / "fineweb.py", *map(str, options)]
-    quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    result = subprocess.run(command, cwd=folder, env=env, **quiet)
-    return result.returncode, result.stdout + result.stderr
-
-
-def documents(n, seed=0):
-    return [text(20 + 37 * i % 300, seed + i) for i in range(n)]
-
-
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def write_parquet(path, texts, row_group_size=7):
-    """Writes a column of texts, and another one, to a path or a binary file, which is returned."""
-    table = pyarrow.table({"text": texts, "id": list(range(len(texts)))})
-    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
-    return path
-
-
-def tokens_in(shard):
-    return np.fromfile(shard, dtype=np.uint16, offset=fineweb.HEADER_BYTES)
-
-
-def tokens_of(folder):
-    """All tokens of a folder's shards, in order."""
-    paths = sorted(folder.glob("*.bin"), key=lambda path: path.name[-10:])
-    return np.concatenate([tokens_in(path) for path in paths])
-
-
-def straight(texts):
-    """The tokens of documents in bytes, without any of the writer's machinery."""
-    encoding = fineweb.get_tokenizer("bytes")
-    tokens = []
-    for document in texts:
-        tokens += [encoding.eot_token, *encoding.encode_ordinary(document)]
-    return np.array(tokens)
-
-
-def bytes_of(folder):
-    """{name: content} of the files in and below a folder, without the lock."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-def in_process(folder, paths, shard_tokens=5000, last=None, tokenizer="bytes"):
-    fineweb.tokenize_files(folder, paths, last, shard_tokens, str(tokenizer), 0)
-
-
-def refused(fact, action, *arguments, **options):
-    """action(…) ends the program with one line that has a fact in it, a regular expression; the line."""
-    with pytest.raises(SystemExit, match=fact) as error:
-        action(*arguments, **options)
-    assert "\n" not in error.value.code
-    return error.value.code
 
 
 @pytest.fixture
@@ -136,32 +76,6 @@ def test_a_prefix_of_gpt2s_merges_is_a_tokenizer(gpt2):
 @pytest.mark.parametrize("name", ["gpt2-256", "gpt2-50258", "gpt2-", "gpt3", "gpt2-4096x"])
 def test_a_tokenizer_that_there_is_not_is_one_line(name):
     refused(f"{name}.*gpt2.*bytes", fineweb.get_tokenizer, name)
-
-
-def own_tokenizer(path, end="</s>"):
-    """A small tokenizer.json like SentencePiece's, with what such files say for other uses; its path."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.decoder = decoders.Metaspace()
-    special = ["<unk>", "<s>", *[end][: end != ""]]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    inner.train_from_iterator([*documents(40), "</s>", "<endoftext>|"], trainer)
-    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    inner.enable_truncation(8)
-    inner.enable_padding(length=100)
-    inner.save(str(path))
-    return path
-
-
-def with_own_tokenizer(tmp_path):
-    """(folder of shards, the texts, the path of the tokenizer.json) of a small dataset."""
-    path = own_tokenizer(tmp_path / "tokenizer.json")
-    texts = [*documents(30), "", "with </s> letters", "of<|endoftext|>the"]
-    in_process(tmp_path / "out", [write_jsonl(tmp_path / "a.jsonl", texts)], 1024, tokenizer=path)
-    return tmp_path / "out", texts, path
 
 
 def test_a_tokenizer_of_ones_own(tmp_path):
@@ -471,48 +385,6 @@ def test_a_sample_of_another_version_is_not_touched_and_used_if_of_python_alone(
 # ---- nothing lost
 
 
-class Killed(BaseException):
-    pass
-
-
-def killing(number, before):
-    """An os.replace, by which each write ends, that kills just before or after its call with this number."""
-    replace = os.replace
-    numbers = itertools.count(1)
-
-    def counting(source, target):
-        is_last = next(numbers) == number
-        if is_last and before:
-            raise Killed
-        replace(source, target)
-        if is_last:
-            raise Killed
-
-    return counting
-
-
-def survives_a_kill_at_every_write(tmp_path, action):
-    """action(folder) is killed at each of its writes in turn and run again: (writes, the bytes each time)."""
-    action(tmp_path / "whole")
-    whole = bytes_of(tmp_path / "whole")
-    for number in itertools.count(1):
-        for before in (True, False):
-            folder = tmp_path / f"killed-{number}-{before}"
-            folder.mkdir()
-            (folder / "notes.tmp").write_text("mine")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(os, "replace", killing(number, before))
-                try:
-                    action(folder)
-                except Killed:
-                    pass
-                else:
-                    return number - 1
-            action(folder)
-            assert bytes_of(folder) == whole | {"notes.tmp": b"mine"}, (number, before)
-            fineweb.verify(folder)
-
-
 @pytest.mark.parametrize("tokenizer, shard_tokens, least", [
     ("bytes", 5000, 5),
     ("bytes", "whole", 5),  # the text ends with its last shard
@@ -539,17 +411,6 @@ def little_sample(monkeypatch):
 
 def test_the_sample_survives_a_kill_at_every_write(tmp_path, little_sample):
     assert survives_a_kill_at_every_write(tmp_path, fineweb.write_sample) == 5
-
-
-THEIRS = dict.fromkeys([
-    "notes.txt", "results.tmp", "raw/sample/10BT/000_00000.parquet", ".cache/huggingface/download/x",
-], b"mine")  # fmt: skip
-
-
-def put_theirs(folder):
-    for name, content in THEIRS.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
 
 
 def test_the_sample_leaves_what_is_not_its_own(tmp_path, capsys, little_sample):

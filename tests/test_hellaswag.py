@@ -8,34 +8,12 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import text
-from test_fineweb import refused
+from helpers import item, random_items, refused, write_items
 
 import fineweb
 import hellaswag
 
 ENCODE = fineweb.get_tokenizer("bytes").encode_ordinary
-
-
-def item(ctx, endings, label=0, **fields):
-    common = {"activity_label": "", "ctx": ctx, "ctx_a": ctx, "ctx_b": "", "endings": endings, "label": label}
-    return common | fields
-
-
-def random_items(n, seed=0):
-    rng = np.random.default_rng(seed)
-    items = []
-    for i in range(n):
-        texts = []
-        for j, n_words in enumerate(rng.integers(2, 14, size=5)):
-            texts.append(text(int(n_words), 100 * seed + 10 * i + j))
-        endings = [f"{ending} {k}" for k, ending in enumerate(texts[1:])]
-        items.append(item(texts[0], endings, int(rng.integers(4))))
-    return items
-
-
-def write_items(path, items):
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
 
 
 def losses_by_byte(losses):

@@ -5,20 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from helpers import (THEIRS, bytes_of, documents, item, put_theirs, refused, straight,
+                     survives_a_kill_at_every_write, tokens_of, write, write_parquet)  # fmt: skip
 from hub_server import HubServer
-from test_fineweb import (
-    THEIRS,
-    bytes_of,
-    documents,
-    put_theirs,
-    refused,
-    straight,
-    survives_a_kill_at_every_write,
-    tokens_of,
-    write,
-    write_parquet,
-)
-from test_hellaswag import item
 
 import fineweb
 import hellaswag

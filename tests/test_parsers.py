@@ -10,19 +10,10 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from helpers import (THEIRS, bytes_of, documents, in_process, item, put_theirs, refused, write_jsonl,
+                     write_parquet)  # fmt: skip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_fineweb import (
-    THEIRS,
-    bytes_of,
-    documents,
-    in_process,
-    put_theirs,
-    refused,
-    write_jsonl,
-    write_parquet,
-)
-from test_hellaswag import item
 
 import fineweb
 import hellaswag

@@ -12,9 +12,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from helpers import SHORT, SMALL, TORCHRUN, assert_same, command, events, load, losses, make, read_log
-from test_fineweb import with_own_tokenizer
-from test_hellaswag import random_items, write_items
+from helpers import (SHORT, SMALL, TORCHRUN, assert_same, command, events, load, losses, make, random_items,
+                     read_log, with_own_tokenizer, write_items)  # fmt: skip
 
 import fineweb
 import train_gpt2

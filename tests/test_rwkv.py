@@ -119,6 +119,18 @@ def test_flas_kernel_is_the_recurrence(tmp_path, kind):
     assert_all_close(torch.load(tmp_path / "found.pt"), exact, 4e-3)
 
 
+def test_a_package_that_cant_be_imported_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla/__init__.py").write_text("import what_is_missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fla", raising=False)
+    assert not train_rwkv.can_fla()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="what_is_missing.* --kernel torch"):
+        make()
+    make(kernel="torch")
+
+
 def test_flas_kernel_is_taken_in_16_bits_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(train_rwkv, "can_fla", lambda: True)
     monkeypatch.setattr(train_rwkv, "fla_recurrence", None)  # would fail if asked for

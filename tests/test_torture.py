@@ -16,9 +16,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import SHORT, events, load
+from helpers import SHORT, bytes_of, documents, events, load, write_jsonl, write_parquet
 from hub_server import HubServer
-from test_fineweb import bytes_of, documents, write_jsonl, write_parquet
 
 import fineweb
 

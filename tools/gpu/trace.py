@@ -42,7 +42,7 @@ FREE = set("""
 class Call:
     """Something that was launched."""
 
-    graph: str  # forward, backward, update
+    graph: str  # forward, backward, update; own: outside of the compiled ones
     kind: str  # triton, or extern: cuBLAS's, cuDNN's and torch's own kernels
     name: str
     n_bytes: int  # read and written
