@@ -648,7 +648,7 @@ def open_dataset(folder, vocab_size=1 << 16, train_shards=None, before=None):
     names = of_split(names, "val") + of_split(names, "train")[:train_shards]
     counts = {name: shard_tokens(folder / name) for name in sorted(names)}
     if not counts:
-        fail(f"no token shards in {folder}: run `python fineweb.py --out {folder}` (see --help) or use --tiny")
+        fail(f"no token shards in {folder}: run `python fineweb.py --out {folder}` (see --help), or --tiny")
     manifest = read_manifest(folder)
     if manifest is None:
         say(f"{folder} has no manifest.json: taking its shards for GPT-2 tokens, as llm.c writes them")
