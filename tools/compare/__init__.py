@@ -2,8 +2,8 @@
 Which model is better, by how much, and is it significant?
 
     python -m tools.compare log/*    # -> report/leaderboard.md, pictures
-    python -m tools.compare results/demo log/mine    # and a collection
-    python -m tools.compare results/demo --only gpt2 llama    # of these alone
+    python -m tools.compare results/controls log/mine    # and a collection
+    python -m tools.compare results/controls --only rwkv llama    # of these alone
     python -m tools.compare log/mine-? --collect results/mine   # one file
 
 Reads each run's log.jsonl and its predictions, and collections, which
