@@ -232,9 +232,10 @@ def test_resume_after_a_kill_is_bit_exact(small, sample, tmp_path, log, line):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
-def test_a_signal_finishes_the_step_saves_and_ends(small, log, monkeypatch, name):
+def test_a_signal_finishes_the_step_saves_and_ends(small, log, monkeypatch, request, name):
     number = getattr(signal, name)
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.default_int_handler)  # a background job ignores SIGINT
+    request.addfinalizer(lambda: signal.signal(number, before))
     assert small("--max_steps=9", "--eval_every=100", "--run_name=b")[0] == 0
     train_step = train_gpt2.train_step
 
@@ -246,7 +247,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(small, log, monkeypatch, name
     monkeypatch.setattr(train_gpt2, "train_step", signalled)
     status, said = small("--max_steps=9", "--eval_every=100", "--run_name=a")
     assert status == 0 and said.splitlines()[-1] == "Next: python train_gpt2.py --run_name a --resume"
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == signal.default_int_handler
     assert [path.name for path in (log / "a").glob("step_*.pt")] == ["step_00000004.pt"]
     assert len(losses(log / "a")) == 4 and load(log / "a", 4)["step"] == 4
     assert small("--run_name=a", "--resume", "--eval_every=100")[0] == 0
