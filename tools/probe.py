@@ -4,6 +4,7 @@ What is behind a model's loss? Its newest checkpoint on the validation text.
     python -m tools.probe documents log/llama-? log/rwkv-?   # by document
     python -m tools.probe position log/llama-1 log/rwkv-1    # by position
     python -m tools.probe context log/llama-1 log/rwkv-1     # with less text
+    python -m tools.probe recall log/llama-1 log/rwkv-1      # of what was there
     python -m tools.probe ngrams --data_dir data/bytes       # of a table
 
 A run is loaded by its folder's copy of its script. ± is half of a 95% interval.
@@ -35,7 +36,7 @@ class Documents:
     well, and verdicts go by both, as their squares add up, with Holm's correction.
     """
 
-    runs: Runs  # folders of runs, and files of --json
+    runs: Runs  # folders of runs
     tokens: int = 1 << 20  # of the validation text, more than training scored
     json: Path | None = None  # write the losses there
 
@@ -55,6 +56,11 @@ class Context(Position):
 
 
 @dataclasses.dataclass
+class Recall(Position):
+    """The loss of tokens that come after the same token as before, again, and anew (as "Zoology" does)."""
+
+
+@dataclasses.dataclass
 class Ngrams:
     """The loss of tables of n-grams that were counted in the very batches that a run sees.
 
@@ -71,7 +77,6 @@ class Ngrams:
     block_size: int = 256  # of the run
     val_tokens: int = 262_144  # of the run
     seed: int = 1  # of the run
-    json: Path | None = None  # write it there too
 
 
 def load_run(folder):
@@ -157,8 +162,29 @@ def by_context(model, rows):
     return found | {f"all {T}": mean_and_half(whole)}
 
 
-def probe_windows(args, measure):
-    """Prints, for each run, what measure says of its windows."""
+def seen_before(row):
+    """Which entries of an array (n,) have been there before: (n,) bool."""
+    _, first, which = np.unique(row, return_index=True, return_inverse=True)
+    return first[which] < np.arange(len(row))
+
+
+def by_recall(model, rows):
+    """{"pair seen": [mean loss, half of its interval], …} of targets (Arora et al., 2023, Zoology)."""
+    each = losses(model, rows)
+    pair = np.array([seen_before(row) for row in n_grams(rows.numpy(), 2, 1 << 16)])
+    token = np.array([seen_before(row)[1:] for row in rows.numpy()])
+    found = {}
+    for name, mask in {"pair seen": pair, "token seen": token & ~pair, "new": ~token}.items():
+        some = mask.any(axis=1)
+        weight = mask[some].sum(axis=1)
+        values = (each * mask)[some].sum(axis=1) / weight
+        found[name] = [weighted(values, weight), stats.half_width([over_documents(values, weight)])]
+    return found
+
+
+def probe_windows(args):
+    """Prints, for each run, what is to be known of its windows."""
+    measure = {Position: by_position, Context: by_context, Recall: by_recall}[type(args)]
     found = []
     for folder in args.runs:
         checkpoint, config, model = load_run(folder)
@@ -168,10 +194,9 @@ def probe_windows(args, measure):
         facts = {"run": folder.name, "step": checkpoint["step"], "data": checkpoint["data"]["fingerprint"]}
         found.append(facts | {"windows": len(rows), "losses": measure(model, rows)})
     for head in dict.fromkeys(tuple(run["losses"]) for run in found):
-        rows = []
-        for run in found:
-            cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in run["losses"].values()]
-            rows += [[run["run"], *cells]] if tuple(run["losses"]) == head else []
+        alike = [run for run in found if tuple(run["losses"]) == head]
+        cells = [[f"{mean:.3f} ± {half:.3f}" for mean, half in run["losses"].values()] for run in alike]
+        rows = [[run["run"], *each] for run, each in zip(alike, cells, strict=True)]
         print(table(["tokens", *head], rows))
     write_json(args.json, found)
 
@@ -192,26 +217,15 @@ def score(folder, most):
     return found | {"documents": [{"tokens": int(n)} for n in counts]}
 
 
-def read_scores(path):
-    """What --json has written. Raises SystemExit for another file."""
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        assert all(len(run["losses"]) == len(scores["documents"]) for run in scores["runs"])
-        return scores
-    except (ValueError, KeyError, TypeError, AssertionError):
-        fail(f"{path} is no file of --json")
-
-
 def together(all_scores):
-    """Several scores as one; of a run that is in two the later counts. Raises SystemExit for other texts."""
-    runs = {run["run"]: run for scores in all_scores for run in scores["runs"]}
+    """Several scores as one. Raises SystemExit for scores of other texts."""
     texts = []
     for each in all_scores:
         lengths = [document["tokens"] for document in each["documents"]]
         texts.append((each["data"], each["block_size"], lengths))
     if texts.count(texts[0]) < len(texts):
         fail("these runs were not scored on the same documents: give all the same data and --tokens")
-    return all_scores[0] | {"runs": list(runs.values())}
+    return all_scores[0] | {"runs": [run for scores in all_scores for run in scores["runs"]]}
 
 
 def weighted(values, weight):
@@ -273,10 +287,7 @@ def documents_tables(scores):
 
 
 def probe_documents(args):
-    found = []
-    for path in args.runs:
-        found.append(read_scores(path) if path.is_file() else score(path, args.tokens))
-    scores = together(found)
+    scores = together([score(folder, args.tokens) for folder in args.runs])
     write_json(args.json, scores)
     lengths = [document["tokens"] for document in scores["documents"]]
     if len(lengths) < 2:
@@ -328,23 +339,18 @@ def probe_ngrams(args):
     ids = np.concatenate([loader.ids(step) for step in range(args.steps)])
     val = read_windows(args.data_dir, args.block_size, args.val_tokens).numpy()
     found, entries = ngram_losses(windows.rows(ids), val, data["vocab_size"], args.largest)
-    rows = []
-    for n in range(args.largest):
-        rows.append([str(n + 1), f"{found[n]:.4f}", short(entries[n])])
+    rows = [[str(n + 1), f"{found[n]:.4f}", short(entries[n])] for n in range(args.largest)]
     print(table(["tokens, with the one to guess", "validation loss", "entries"], rows), end="")
-    options = {name: value for name, value in vars(args).items() if name not in ("json", "data_dir")}
-    result = {"data": data["fingerprint"], "options": options, "losses": found, "entries": entries}
-    write_json(args.json, result)
 
 
 def main():
-    args = parse(Documents | Position | Context | Ngrams, "tools.probe", __doc__)
+    args = parse(Documents | Position | Context | Recall | Ngrams, "tools.probe", __doc__)
     if isinstance(args, Documents):
         probe_documents(args)
     elif isinstance(args, Ngrams):
         probe_ngrams(args)
     else:
-        probe_windows(args, by_context if isinstance(args, Context) else by_position)
+        probe_windows(args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ class Args:
     only: tuple[str, ...] = ()  # these architectures, or entries of a study, alone
     out: Path = Path("report")  # folder of the report
     shorter: tuple[Path, ...] = ()  # runs of the same models with fewer tokens, for losses at equal cost
-    timed: tuple[Path, ...] = ()  # runs of the same models whose times count there
     collect: Path | None = None  # add the finished runs to this collection instead
 
 
@@ -66,9 +65,8 @@ def main():
         collect(args.collect, runs)
     else:
         shorter, unread = reading.read_all(args.shorter)
-        timed, more = reading.read_all(args.timed)
-        left_out += unread + more
-        markdown = report.write_report(args.out, runs, left_out, args.only, shorter, timed)
+        left_out += unread
+        markdown = report.write_report(args.out, runs, left_out, args.only, shorter)
         report.show(markdown, whole=not any(run.study for run in runs))
         print(f"with pictures: {args.out}/leaderboard.md")
     if left_out:

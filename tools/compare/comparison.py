@@ -215,19 +215,17 @@ def speeds(group, base):
 class Budget:
     """What it takes to read off losses at the cost of a reference Group.
 
-    shorter and timed are {(entry, rate): Group}: runs of the same models with fewer tokens, and those whose
-    times count.
+    shorter is {(entry, rate): Group}: runs of the same models with fewer tokens.
     """
 
     reference: Group
     shorter: dict
-    timed: dict
 
     def tokens(self, group, cost):
         """How many times its tokens a Group gets for the reference's "FLOPs" or "time"; None if not known."""
         if cost == "FLOPs":
             return self.reference.first.facts["flops_per_token"] / group.first.facts["flops_per_token"]
-        ratios = speeds(*[self.timed.get(each.place, each) for each in (group, self.reference)])
+        ratios = speeds(group, self.reference)
         return statistics.median(ratios) if ratios else None
 
     def losses(self, group, cost):

@@ -121,17 +121,15 @@ def rankings(out, groups, prefix="", budget=None):
 def budget_of(groups, others):
     """The comparison.Budget of a size with the first base as its reference; None without shorter runs.
 
-    others: (shorter runs, runs whose times count).
+    others: shorter runs.
     """
     entries = {group.place[0]: group for group in groups}
     bases = [base for group in groups for base in comparison.bases_of(group) if base in entries]
-    if not others[0] or not bases:
+    if not others or not bases:
         return None
-    places = []
-    for runs in others:
-        alike = [run for run in runs if run.study and run.study["size"] == groups[0].first.study["size"]]
-        places.append({group.place: group for group in group_runs(alike)})
-    return comparison.Budget(entries[statistics.mode(bases)], *places)
+    alike = [run for run in others if run.study and run.study["size"] == groups[0].first.study["size"]]
+    shorter = {group.place: group for group in group_runs(alike)}
+    return comparison.Budget(entries[statistics.mode(bases)], shorter)
 
 
 def selection_blocks(out, title, groups, others):
@@ -210,11 +208,11 @@ def study_blocks(out, study, runs, others):
 # The report
 
 
-def write_report(out, runs, left_out=(), chosen=(), shorter=(), timed=()):
+def write_report(out, runs, left_out=(), chosen=(), shorter=()):
     """Writes the tables and pictures on Runs into a folder; returns the Markdown.
 
-    left_out: [(where, why)] on what could not be read; chosen: the names that --only gave. shorter, timed:
-    runs of the same models with fewer tokens, and those whose times count.
+    left_out: [(where, why)] on what could not be read; chosen: the names that --only gave; shorter: runs
+    of the same models with fewer tokens.
     """
     make_folder(out)
     blocks = ["# Which is better, and is it significant?"]
@@ -224,7 +222,7 @@ def write_report(out, runs, left_out=(), chosen=(), shorter=(), timed=()):
     runs, repeats = without_repeats(runs)
     for study in sorted({run.study["name"] for run in runs if run.study}):
         of_study = [run for run in runs if run.study and run.study["name"] == study]
-        blocks += study_blocks(out, study, of_study, (shorter, timed))
+        blocks += study_blocks(out, study, of_study, shorter)
     plain = [run for run in runs if not run.study]
     if plain:
         blocks += ["## Runs of no study"] if len(plain) < len(runs) else []
