@@ -583,7 +583,7 @@ def test_data_that_repeat_give_a_warning(folder, capsys):
 
 
 def test_bad_datasets_are_one_line_with_the_way_out(folder):
-    refused("nowhere: run `python fineweb.py`.* --tiny", fineweb.open_dataset, "nowhere")
+    refused("nowhere: run `python fineweb.py --out nowhere`.* --tiny", fineweb.open_dataset, "nowhere")
     data = fineweb.open_dataset(folder)
     assert data["tokenizer"] == "bytes" and data["vocab_size"] == 257
     refused("257.* 256: .* --vocab_size 384", fineweb.open_dataset, folder, vocab_size=256)
