@@ -195,6 +195,15 @@ def test_norms():
     close(norm(x), layer_norm(x, w["weight"], w["bias"]))
 
 
+def test_a_token_enters_the_first_block_at_unit_size():
+    model = make(load("llama-embednorm"))
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = torch.arange(12)[None]
+    model(ids)
+    close(seen[0], reference.rms_norm(model.wte.weight[ids], model.norm0.weight))
+
+
 def test_gpt2_with_four_changes_is_llama():
     """With a head of keys and values for each query head: the same names, the same function."""
     model = make(load("gpt2-rope", "gpt2-rmsnorm", "gpt2-swiglu", "gpt2-nobias")).eval()

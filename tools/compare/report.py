@@ -118,21 +118,21 @@ def rankings(out, groups, prefix="", budget=None):
 # Studies
 
 
-def budget_of(groups, others):
+def budget_of(groups, shorter):
     """The comparison.Budget of a size with the first base as its reference; None without shorter runs.
 
-    others: shorter runs.
+    shorter: runs of the same models with fewer tokens.
     """
     entries = {group.place[0]: group for group in groups}
     bases = [base for group in groups for base in comparison.bases_of(group) if base in entries]
-    if not others or not bases:
+    if not shorter or not bases:
         return None
-    alike = [run for run in others if run.study and run.study["size"] == groups[0].first.study["size"]]
-    shorter = {group.place: group for group in group_runs(alike)}
-    return comparison.Budget(entries[statistics.mode(bases)], shorter)
+    alike = [run for run in shorter if run.study and run.study["size"] == groups[0].first.study["size"]]
+    by_place = {group.place: group for group in group_runs(alike)}
+    return comparison.Budget(entries[statistics.mode(bases)], by_place)
 
 
-def selection_blocks(out, title, groups, others):
+def selection_blocks(out, title, groups, shorter):
     """Blocks on Groups of one size, one for each entry: against their bases, and all of them ranked."""
     blocks = [f"## Study {title}"]
     against = comparison.compare_with_bases(groups)
@@ -143,20 +143,20 @@ def selection_blocks(out, title, groups, others):
     for pairs in against:
         blocks.append(tables.comparisons_table(pairs, pairs[0].b))
         blocks += [f"{pair.a.name}: {'; '.join(pair.unequal)}." for pair in pairs if pair.unequal]
-    ranked = rankings(out, groups, file_name(title) + "_", budget_of(groups, others))
+    ranked = rankings(out, groups, file_name(title) + "_", budget_of(groups, shorter))
     return blocks + (folded(f"{title}: all of it, ranked", ranked) if against else ranked)
 
 
-def size_blocks(out, title, runs, others):
+def size_blocks(out, title, runs, shorter):
     """(blocks on the runs of one study and size, the Groups at rate 1)."""
     entries = {}
     for group in sorted(group_runs([run for run in runs if run.finished]), key=lambda group: group.place):
         entries.setdefault(group.place[0], []).append(group)
     tuned = [tables.tuned_group(of_entry) for of_entry in entries.values()]
     at_one = [group for of_entry in entries.values() for group in of_entry if group.place[1] == 1]
-    blocks = selection_blocks(out, title, at_one, others) if at_one else []
+    blocks = selection_blocks(out, title, at_one, shorter) if at_one else []
     if any(group.place[1] != 1 for group in tuned):
-        blocks += [*selection_blocks(out, f"{title}, tuned lr", tuned, others), TUNED]
+        blocks += [*selection_blocks(out, f"{title}, tuned lr", tuned, shorter), TUNED]
     blocks += tables.rates_parts(entries)
     wrong = suspects([group for of_entry in entries.values() for group in of_entry])
     blocks += bullets("### Look at these runs before you believe the tables", wrong)
@@ -192,13 +192,13 @@ def scaling(out, study, sizes):
     return blocks + ([laws, EXTRAPOLATION] if laws else [])
 
 
-def study_blocks(out, study, runs, others):
+def study_blocks(out, study, runs, shorter):
     """Blocks on the runs of one study, its sizes from the smallest."""
     blocks = []
     sizes = []
     for size in sorted({run.study["size"] for run in runs}, key=lambda size: (size_in_numbers(size), size)):
         of_size = [run for run in runs if run.study["size"] == size]
-        more, at_one = size_blocks(out, f"{study} at {size}", of_size, others)
+        more, at_one = size_blocks(out, f"{study} at {size}", of_size, shorter)
         blocks += more
         sizes += [at_one] if at_one else []
     return scaling(out, study, sizes) + blocks
