@@ -277,15 +277,16 @@ def test_token_shift_is_that_of_its_equation_and_none_with_a_share_of_0(name):
     assert torch.equal(model(tokens(2, 20))[0], plain(tokens(2, 20))[0])
 
 
-def test_rwkv_noshift_is_rwkv_whose_mixers_are_0():
+@pytest.mark.parametrize(("name", "part", "off"), [("rwkv-noshift", "mix", 0.0), ("rwkv-novfirst", "v0", -1e4)])
+def test_rwkv_without_a_part_is_rwkv_with_it_turned_off(name, part, off):
     whole = train_rwkv.Model(tiny(train_rwkv))
-    state = {}
-    for name, value in whole.state_dict().items():
-        # the last projections begin at 0, where nothing would show
-        state[name] = value.normal_(0.0, 0.1) if name.endswith("proj.weight") else value
-        value *= not name.endswith("mix")
-    model = load("rwkv-noshift").Model(tiny(load("rwkv-noshift")))
-    model.load_state_dict({name: value for name, value in state.items() if not name.endswith("mix")})
+    for key, value in whole.state_dict().items():
+        if key.endswith("proj.weight"):  # they begin at 0, where nothing would show
+            value.normal_(0.0, 0.1)
+        elif key.endswith(part):
+            value.fill_(off)
+    model = load(name).Model(tiny(load(name)))
+    model.load_state_dict({key: whole.state_dict()[key] for key in model.state_dict()})
     close(model(tokens(2, 40))[0], whole(tokens(2, 40))[0])
 
 
