@@ -455,16 +455,9 @@ def test_a_diverged_run_is_ranked_last_and_gets_no_verdict(tmp_path):
     assert len(list((tmp_path / "report").glob("*.png"))) == 3
 
 
-def test_power_laws_over_the_sizes(say):
+def test_how_the_loss_falls_with_size(say):
     runs = make_sizes("gpt2", 0.06, None) + make_sizes("llama", 0.08)
-    other = make_run("gpt2", 3.3, 1, None, size="124M", fingerprint="other")
-    said = say([*runs, other])
-    laws = table_rows(said.split("## Study s at")[0])
-    assert list(laws)[2:] == ["llama", "gpt2"]  # the steepest first
-    assert laws["llama"][0].startswith("0.0800 ± ") and laws["llama"][1] == laws["llama"][0]
-    assert float(laws["llama"][3]) == pytest.approx(6 * 124_475_904**-0.08, abs=1e-3)
-    two = [run for run in runs if run.study["size"] != "2.7M"]
-    assert "how the loss falls with size" in say(two)
+    assert "how the loss falls with size" in say(runs)
     one = [run for run in runs if run.study["size"] == "2.7M"]
     assert "how the loss falls with size" not in say(one)
 

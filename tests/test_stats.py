@@ -5,9 +5,6 @@ import numpy as np
 import pytest
 
 from tools.compare import stats
-from tools.compare.stats import PowerLaw
-
-SIZES = [250_000, 800_000, 2_700_000]
 
 
 def test_mcnemar_against_values_worked_by_hand():
@@ -134,64 +131,6 @@ def test_power(architectures, seeds, shift, least, most):
         assert p >= 0.05 or difference < 0
         found += p < 0.05
     assert least <= found / 200 <= most
-
-
-# ---- power laws
-
-
-def law(losses):
-    return PowerLaw(SIZES, [[math.log(loss) for loss in of_size] for of_size in losses])
-
-
-def test_a_planted_power_law_is_recovered():
-    shifts = [(0.004, -0.005, 0.001), (0.0,), (0.003, -0.003)]  # of each size's seeds, in log loss
-    found = law([6 * x**-0.08 * np.exp(of_size) for x, of_size in zip(SIZES, shifts, strict=True)])
-    # by hand: variance (16 + 25 + 1 + 9 + 9) / 3 with 3 degrees of freedom, where t is 3.18245
-    away = np.log(SIZES) - np.log(SIZES).mean()
-    error = math.sqrt(20e-6 * (away**2 / [3, 1, 2]).sum()) / (away**2).sum()
-    assert found.b == pytest.approx(0.08) and found.a == pytest.approx(6) and found.freedom == 3
-    assert found.b_half() == pytest.approx(3.18245 * error, rel=1e-4)
-    low, high = found.between(1e8)
-    assert low < 6 * 1e8**-0.08 < high
-    assert found.beyond(1e8) == pytest.approx((found.loss(1e8),) * 2)  # the points are on a line
-
-
-def test_a_curve_that_is_no_power_law_has_residuals_and_a_wide_interval():
-    bent = law([[1.5 + 20 * x**-0.2] for x in SIZES])
-    assert np.abs(law([[6 * x**-0.06] for x in SIZES]).residuals()).max() < 1e-12
-    assert np.abs(bent.residuals()).max() > 0.002
-    low, high = bent.beyond(124e6)
-    truth = 1.5 + 20 * 124e6**-0.2
-    assert bent.loss(124e6) < truth and low < truth < high  # too low, as the report says
-    assert bent.b_half() is None and bent.between(1e8) is None  # one seed at each size
-
-
-def test_the_interval_holds_the_exponent_and_a_bootstrap_would_not():
-    """The figures of PowerLaw's docstring."""
-    rng = np.random.default_rng(0)
-    truth = math.log(6) - 0.06 * np.log(SIZES)
-    studies = 1500
-
-    def coverage(spreads, seeds=(3, 3, 3)):
-        held = 0
-        drawn = 0
-        for _ in range(studies):
-            logs = []
-            for level, spread, n in zip(truth, spreads, seeds, strict=True):
-                logs.append((level + spread * rng.normal(size=n)).tolist())
-            found = PowerLaw(SIZES, logs)
-            held += abs(found.b - 0.06) <= found.b_half()
-            exponents = 0.0
-            for slope, of_size, n in zip(found.solution[1], logs, seeds, strict=True):
-                exponents = exponents - slope * rng.choice(of_size, size=(300, n)).mean(axis=1)
-            low, high = np.percentile(exponents, [2.5, 97.5])
-            drawn += low <= 0.06 <= high
-        return held / studies, drawn / studies
-
-    held, drawn = coverage([0.005] * 3)
-    assert 0.94 <= held <= 0.965 and drawn < 0.85
-    assert coverage([0.005] * 3, (3, 3, 1))[0] >= 0.94
-    assert coverage([0.005, 0.009, 0.015], (3, 3, 1))[0] < 0.85  # the docstring warns of it
 
 
 def test_a_loss_is_read_off_between_two_budgets():

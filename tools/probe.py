@@ -46,7 +46,7 @@ class Position:
     """The loss by position in the context: at the start of a window a model has little to go by."""
 
     runs: Runs  # folders of runs, as log/gpt2
-    windows: int = 512  # of the validation text
+    windows: int = 512  # of the validation text, spread over all of it
     json: Path | None = None  # write it there too
 
 
@@ -57,7 +57,10 @@ class Context(Position):
 
 @dataclasses.dataclass
 class Recall(Position):
-    """The loss of tokens that come after the same token as before, again, and anew (as "Zoology" does)."""
+    """The loss of tokens that come after the same token as before, again, and anew.
+
+    As Arora et al., 2023, "Zoology", who leave out the pairs that are frequent in training.
+    """
 
 
 @dataclasses.dataclass
@@ -75,7 +78,7 @@ class Ngrams:
     steps: int = 4000  # of the run
     batch_tokens: int = 2048  # of a step
     block_size: int = 256  # of the run
-    val_tokens: int = 262_144  # of the run
+    windows: int = 1024  # of the validation text, spread over all of it
     seed: int = 1  # of the run
 
 
@@ -100,10 +103,11 @@ def load_run(folder):
     return checkpoint, config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def read_windows(data_dir, block_size, n_tokens):
-    """The first windows of the validation text: (n, T + 1) int64 tensor."""
+def read_windows(data_dir, block_size, most, spread=True):
+    """Windows of the validation text, spread over all of it, or the first: (n, T + 1) int64 tensor."""
     windows = fineweb.Windows(data_dir, "val", block_size)
-    return torch.from_numpy(windows.rows(np.arange(min(len(windows), max(1, n_tokens // block_size)))))
+    n = min(len(windows), max(1, most))
+    return torch.from_numpy(windows.rows(np.arange(n) * (len(windows) // n if spread else 1)))
 
 
 @torch.no_grad()
@@ -128,9 +132,8 @@ def write_json(path, found):
         fineweb.write_atomic(path, lambda file: file.write((json.dumps(found) + "\n").encode()))
 
 
-def by_position(model, rows):
-    """{"1 to 32": [mean loss, half of its interval over windows], …} of a window's targets."""
-    each = losses(model, rows)
+def by_position(each):
+    """{"1 to 32": [mean loss, half of its interval over windows], …} of targets' losses (n, T)."""
     T = each.shape[1]
     ends = [0, *[32 * 4**power for power in range(10) if 32 * 4**power < T], T]
     found = {}
@@ -168,11 +171,10 @@ def seen_before(row):
     return first[which] < np.arange(len(row))
 
 
-def by_recall(model, rows):
-    """{"pair seen": [mean loss, half of its interval], …} of targets (Arora et al., 2023, Zoology)."""
-    each = losses(model, rows)
-    pair = np.array([seen_before(row) for row in n_grams(rows.numpy(), 2, 1 << 16)])
-    token = np.array([seen_before(row)[1:] for row in rows.numpy()])
+def by_recall(each, rows):
+    """{"pair seen": [mean loss, half of its interval], …} of targets' losses (n, T) in windows (n, T + 1)."""
+    pair = np.array([seen_before(row) for row in n_grams(rows, 2, 1 << 16)])
+    token = np.array([seen_before(row)[1:] for row in rows])
     found = {}
     for name, mask in {"pair seen": pair, "token seen": token & ~pair, "new": ~token}.items():
         some = mask.any(axis=1)
@@ -184,15 +186,19 @@ def by_recall(model, rows):
 
 def probe_windows(args):
     """Prints, for each run, what is to be known of its windows."""
-    measure = {Position: by_position, Context: by_context, Recall: by_recall}[type(args)]
     found = []
     for folder in args.runs:
         checkpoint, config, model = load_run(folder)
-        rows = read_windows(config.data_dir, config.block_size, args.windows * config.block_size)
+        rows = read_windows(config.data_dir, config.block_size, args.windows)
         if len(rows) < 2:
             fail(f"{folder}: one window gives no interval: --windows, or more text")
         facts = {"run": folder.name, "step": checkpoint["step"], "data": checkpoint["data"]["fingerprint"]}
-        found.append(facts | {"windows": len(rows), "losses": measure(model, rows)})
+        if isinstance(args, Context):
+            measured = by_context(model, rows)
+        else:
+            each = losses(model, rows)
+            measured = by_recall(each, rows.numpy()) if isinstance(args, Recall) else by_position(each)
+        found.append(facts | {"windows": len(rows), "losses": measured})
     for head in dict.fromkeys(tuple(run["losses"]) for run in found):
         alike = [run for run in found if tuple(run["losses"]) == head]
         cells = [[f"{mean:.3f} ± {half:.3f}" for mean, half in run["losses"].values()] for run in alike]
@@ -204,7 +210,7 @@ def probe_windows(args):
 def score(folder, most):
     """The losses of a run by document, whose end counts to it: {data, block_size, documents, runs}."""
     checkpoint, config, model = load_run(folder)
-    rows = read_windows(config.data_dir, config.block_size, most)
+    rows = read_windows(config.data_dir, config.block_size, most // config.block_size, spread=False)
     tokenizer = fineweb.get_tokenizer(checkpoint["data"]["tokenizer"], config.data_dir)
     ends = rows[:, 1:].flatten().numpy() == tokenizer.eot_token
     of_token = np.cumsum(ends) - ends
@@ -306,7 +312,7 @@ def n_grams(rows, n, vocab_size):
 def ngram_losses(train, val, vocab_size, largest):
     """What n-grams up to 1, 2, … largest tokens long get on all tokens of val but a row's first.
 
-    Returns [nats per token] and [how many different n-grams there are to count, up to that length].
+    Returns [the targets' losses (rows, T)] and [how many different n-grams there are, up to that length].
     train, val: (rows, T + 1) int64, as fineweb.Windows has them; nothing is counted across rows.
     """
     chance = np.full((len(val), val.shape[1] - 1), 1 / vocab_size)  # of each token but the first
@@ -325,7 +331,7 @@ def ngram_losses(train, val, vocab_size, largest):
         count = np.where(keys[place] == asked, counts[place], 0)
         better = (count + kinds[history] * target) / (totals[history] + kinds[history])
         target[:] = np.where(histories[history] == asked // vocab_size, better, target)
-        found.append(float(-np.log(chance).mean()))
+        found.append(-np.log(chance))
         entries.append(len(keys) + (entries[-1] if entries else 0))
     return found, entries
 
@@ -337,10 +343,14 @@ def probe_ngrams(args):
     windows = fineweb.Windows(args.data_dir, "train", args.block_size)
     loader = fineweb.Loader(windows, args.batch_tokens // args.block_size, args.seed, max_steps=args.steps)
     ids = np.concatenate([loader.ids(step) for step in range(args.steps)])
-    val = read_windows(args.data_dir, args.block_size, args.val_tokens).numpy()
+    val = read_windows(args.data_dir, args.block_size, args.windows).numpy()
     found, entries = ngram_losses(windows.rows(ids), val, data["vocab_size"], args.largest)
-    rows = [[str(n + 1), f"{found[n]:.4f}", short(entries[n])] for n in range(args.largest)]
-    print(table(["tokens, with the one to guess", "validation loss", "entries"], rows), end="")
+    rows = []
+    for n, each in enumerate(found):
+        split = by_recall(each, val)
+        means = [each.mean(), *(mean for mean, _ in split.values())]
+        rows.append([str(n + 1), short(entries[n]), *(f"{mean:.4f}" for mean in means)])
+    print(table(["tokens, with the one to guess", "entries", "validation loss", *split], rows), end="")
 
 
 def main():

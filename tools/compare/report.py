@@ -29,11 +29,6 @@ with more and fewer tokens, seed by seed."""
 TUNED = """\
 Each entry, bases too, is here at that of its rates which has the lowest mean loss. It was chosen on the \
 seeds that it is judged by, which favours entries with more rates tried: take a verdict near 5% as open."""
-EXTRAPOLATION = """\
-± and "by seeds" say how far seeds alone can move the line between log loss and log size. "By residuals" is \
-the interval for one more size, if it is as far from the line as these are. There is no constant term, which \
-the loss of real text calls for, so an extrapolation errs towards a loss that is too low; and it is with the \
-tokens and the data of these runs."""
 
 
 def folded(summary, blocks):
@@ -184,12 +179,12 @@ def scaling(out, study, sizes):
             lines[entry] = []
             for group in curve:
                 half = stats.half_interval(list(group.losses().values()))
-                lines[entry].append((tables.SIZES[what](group.first), group.mean(), half or 0.0))
+                size = group.first.facts["parameters"] if what == "parameters" else group.first.flops
+                lines[entry].append((size, group.mean(), half or 0.0))
         file = file_name("scaling", study, what) + ".png"
         plots.draw_scaling(out / file, f"Loss against {label}", label, lines)
         blocks.append(f"![Loss against {label}]({file})")
-    laws = tables.laws_table(curves)
-    return blocks + ([laws, EXTRAPOLATION] if laws else [])
+    return blocks
 
 
 def study_blocks(out, study, runs, shorter):

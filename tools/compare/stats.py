@@ -1,5 +1,5 @@
 """
-The statistics: t intervals over seeds, tests of differences, Holm's correction and power laws.
+The statistics: t intervals over seeds, tests of differences, Holm's correction.
 
 Losses are compared over the seeds that both have, in pairs, where these are two or more: runs with the same
 seed see the same batches in the same order. Else it is Welch's t test. Accuracies vary with the items too.
@@ -148,10 +148,6 @@ def holm(p_values):
     return corrected
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Lines through losses
-
-
 def loss_with_tokens(times, loss, fewer, shorter_loss):
     """The loss of a run with so many times its tokens, on the line between log loss and log tokens.
 
@@ -160,64 +156,3 @@ def loss_with_tokens(times, loss, fewer, shorter_loss):
     """
     b = math.log(shorter_loss / loss) / math.log(1 / fewer)
     return loss * times**-b
-
-
-@dataclasses.dataclass
-class PowerLaw:
-    """loss = a x^-b, by least squares between log x and the mean log losses of three sizes x or more.
-
-    There is no constant term: three sizes are three points, which a law with three free numbers fits
-    whatever they are. The intervals say how far seeds alone can move the line: Student's t, with the
-    standard deviation of log loss between seeds pooled over the sizes; a size with one seed is taken to have
-    the same. They hold the true b in 95% of simulated studies, where a bootstrap over three seeds does in
-    80%; but if the largest size has one seed, and three times the deviation of the smallest, in 77% only
-    (tests/test_stats.py). That the points may not lie on a line is in the intervals of beyond() alone.
-    """
-
-    xs: list  # one for each size
-    logs: list  # for each size the log losses, one for each seed
-
-    def __post_init__(self):
-        places = np.log(self.xs)
-        # (2, sizes): what the line's log a and its slope take of each size's mean log loss
-        self.solution = np.linalg.pinv(np.stack([np.ones_like(places), places], axis=1))
-        self.means = np.array([np.mean(logs) for logs in self.logs])
-        level, slope = self.solution @ self.means
-        self.a, self.b = math.exp(level), -float(slope)
-        squares = sum(((np.array(logs) - np.mean(logs)) ** 2).sum() for logs in self.logs)
-        self.freedom = sum(len(logs) - 1 for logs in self.logs)
-        # standard deviation of the log loss between seeds; None if not known
-        self.spread = math.sqrt(squares / self.freedom) if self.freedom else None
-
-    def loss(self, x):
-        return self.a * x**-self.b
-
-    def residuals(self):
-        """How far the sizes' mean log losses are above the line: (sizes,)."""
-        return self.means - np.log(self.loss(np.array(self.xs, dtype=float)))
-
-    def weights(self, x):
-        """What the line's log loss at x takes of each size's mean log loss: (sizes,)."""
-        return np.array([1.0, math.log(x)]) @ self.solution
-
-    def seeds_half(self, weights):
-        """Half of the 95% interval of a weighted sum of the sizes' means, by seeds; None if not known."""
-        if self.spread is None:
-            return None
-        counts = np.array([len(logs) for logs in self.logs])
-        return half_width([(self.spread**2 * float((weights**2 / counts).sum()), self.freedom)])
-
-    def b_half(self):
-        return self.seeds_half(self.solution[1])
-
-    def between(self, x):
-        """(lowest, highest) loss at x by the seeds alone, if the line is straight; None if not known."""
-        half = self.seeds_half(self.weights(x))
-        return None if half is None else (self.loss(x) * math.exp(-half), self.loss(x) * math.exp(half))
-
-    def beyond(self, x):
-        """(lowest, highest) loss of one more size x, if it is as far from the line as those that made it."""
-        freedom = len(self.xs) - 2
-        squared = float((self.residuals() ** 2).sum()) / freedom * (1 + float((self.weights(x) ** 2).sum()))
-        half = min(half_width([(squared, freedom)]), 50.0)  # powers of e; more is infinite to any reader
-        return self.loss(x) * math.exp(-half), self.loss(x) * math.exp(half)

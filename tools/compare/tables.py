@@ -1,13 +1,10 @@
 """The tables of a report, as Markdown."""
-import math
 import statistics
 
 from tools.common import table
 from tools.compare import comparison, stats
 from tools.compare.comparison import by_paper, rank
 
-TARGET = 124_475_904  # parameters that power laws are extrapolated to: GPT-2's
-LEAST_SIZES = 3  # of a power law
 COSTS = ("FLOPs", "time")
 
 
@@ -196,34 +193,3 @@ def rates_parts(entries):
     text = ("Mean validation loss by multiple of the size's shared learning rate, the best in bold. "
             f"Verdicts are corrected for {tested} comparisons with x1.")  # fmt: skip
     return ["### Learning rates", text, table(head, rows), *lines]
-
-
-SIZES = {"parameters": lambda run: run.facts["parameters"], "flops": lambda run: run.flops}
-
-
-def law_of(curve, what):
-    """The stats.PowerLaw of an entry's Groups against a size of SIZES; None with too few sizes."""
-    xs = [SIZES[what](group.first) for group in curve]
-    if len(xs) < LEAST_SIZES or len(set(xs)) < len(xs):
-        return None
-    return stats.PowerLaw(xs, [[math.log(loss) for loss in group.losses().values()] for group in curve])
-
-
-def laws_table(curves):
-    """The power laws of {entry: its Groups by size}, empty if no entry has enough sizes."""
-    rows = []
-    for entry, curve in curves.items():
-        law = law_of(curve, "parameters")
-        if law is None:
-            continue
-        of_flops = law_of(curve, "flops")
-        row = [entry, with_half(law.b, law.b_half())]
-        row.append(with_half(of_flops.b, of_flops.b_half()) if of_flops else "–")
-        row.append(f"{100 * max(law.residuals(), key=abs):+.2f}")
-        row.append(f"{law.loss(TARGET):.3f}")
-        for interval in (law.between(TARGET), law.beyond(TARGET)):
-            row.append("{:.3f} to {:.3f}".format(*interval) if interval else "–")
-        rows.append((-law.b, row))
-    head = ["loss = a x^-b", "b, parameters", "b, training FLOPs", "largest residual, %"]
-    head += [f"extrapolated to {TARGET:,} parameters", "by seeds", "by residuals"]
-    return table(head, [row for _, row in sorted(rows)]) if rows else ""
