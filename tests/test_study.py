@@ -204,6 +204,18 @@ def test_a_study_from_start_to_end(write, run, monkeypatch):
     assert status == 0 and note.endswith(", ".join(names))
 
 
+def test_a_run_has_the_users_environment_and_what_it_leaves_open(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = runner.environment(os.cpu_count())
+    assert found["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "mine"]
+    assert found["MALLOC_TRIM_THRESHOLD_"] == "7" and found["MALLOC_MMAP_THRESHOLD_"] == str(2**34)
+    assert found["PATH"] == os.environ["PATH"]
+    assert found.get("OMP_NUM_THREADS", "1") == "1" and "OMP_NUM_THREADS" not in runner.environment(1)
+
+
 @slow
 def test_what_fails_is_named_and_the_others_go_on(write, run):
     more = 'bad = { script = "gpt2", options = { n_head = 3 } }\n'

@@ -46,6 +46,15 @@ def last_step(folder):
     return int(steps[-1]) + 1 if steps else 0
 
 
+def environment(n_jobs):
+    """The environment of a run, one of n_jobs at a time: the user's, and what it leaves open."""
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    found = {"PYTHONUNBUFFERED": "1"} | KEEP_MEMORY | os.environ
+    if n_jobs > 1:
+        found.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // n_jobs)))
+    return found | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def start(job, args, out):
     """Starts a job; whatever can't be started has failed."""
     job.started = time.monotonic()
@@ -56,10 +65,6 @@ def start(job, args, out):
     job.step = job.last_checkpoint() or 0
     words = job.command(args.nproc_per_node)
     line = shlex.join(words)
-    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"} | KEEP_MEMORY | os.environ
-    if args.jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
     words = [str(job.script) if word.endswith(".py") else word for word in words if word != "python"]
     try:
         if not job.source.is_here:
@@ -70,7 +75,7 @@ def start(job, args, out):
             file.flush()
             job.process = subprocess.Popen(
                 [sys.executable, "-c", CHILD, *words],
-                env=environment,
+                env=environment(args.jobs),
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
