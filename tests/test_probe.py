@@ -128,9 +128,30 @@ def test_losses_of_what_a_window_has_had_before(run, made, sample):
             pairs = list(zip(row[: at - 1], row[1:at], strict=True))
             seen = "token seen" if row[at] in row[:at] else "new"
             losses["pair seen" if (row[at - 1], row[at]) in pairs else seen].append(loss)
+    assert "gain by repetition" in said and len(found.pop("gain by repetition")) == 2
     assert status == 0 and {name: mean for name, (mean, _) in found.items()} == pytest.approx(
         {name: statistics.mean(each) for name, each in losses.items()}, rel=1e-5)
     assert all(0 < half < 1 for _, half in found.values()) and "| pair seen |" in said
+
+
+def test_what_copies_gains_by_repetition():
+    class Copier(torch.nn.Module):
+        """Sure of the token after the last one's place before, if there is one."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(20.0))
+
+        def forward(self, idx, targets=None):
+            same = (idx[:, :, None] == idx[:, None, :]).tril(-1)  # (B, T, T)
+            after = torch.nn.functional.one_hot(idx.roll(-1, 1), 1000).float()  # (B, T, V)
+            return self.scale * (same / same.sum(-1, keepdim=True).clamp(min=1)).float() @ after, None
+
+    gain, half = probe.by_repetition(Copier(), 1000, 32)
+    assert gain > 0.9 * math.log(1000) > 10 * half
+    model = Copier()
+    model.scale.data.zero_()
+    assert probe.by_repetition(model, 1000, 32) == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 # ---- documents

@@ -25,6 +25,7 @@ from tools.common import load_script, make_folder, parse, short, table
 from tools.compare import comparison, stats
 
 TOKENS_AT_ONCE = 8192  # of a forward pass
+REPEATED = 32  # random tokens, which come twice
 Runs = tyro.conf.Positional[tuple[Path, ...]]
 
 
@@ -57,7 +58,7 @@ class Context(Position):
 
 @dataclasses.dataclass
 class Recall(Position):
-    """The loss of tokens that come after the same token as before, again, and anew.
+    """The loss of tokens that come after the same token as before, again, and anew; does a model copy?
 
     As Arora et al., 2023, "Zoology", who leave out the pairs that are frequent in training.
     """
@@ -184,6 +185,17 @@ def by_recall(each, rows):
     return found
 
 
+def by_repetition(model, vocab_size, length):
+    """[what a model gains, half of its interval] on random tokens (64, length) the second time they come.
+
+    In nats, the mean over them: nothing but copying helps there, as the heads do that Olsson et al., 2022,
+    "In-context Learning and Induction Heads", find by it.
+    """
+    once = torch.randint(vocab_size, (64, length), generator=torch.Generator().manual_seed(0))
+    each = losses(model, torch.cat((once, once, once[:, :1]), dim=1))
+    return mean_and_half(each[:, :length].mean(axis=1) - each[:, length:].mean(axis=1))
+
+
 def probe_windows(args):
     """Prints, for each run, what is to be known of its windows."""
     found = []
@@ -198,6 +210,9 @@ def probe_windows(args):
         else:
             each = losses(model, rows)
             measured = by_recall(each, rows.numpy()) if isinstance(args, Recall) else by_position(each)
+        if isinstance(args, Recall):
+            length = min(REPEATED, config.block_size // 2)
+            measured["gain by repetition"] = by_repetition(model, config.vocab_size, length)
         found.append(facts | {"windows": len(rows), "losses": measured})
     for head in dict.fromkeys(tuple(run["losses"]) for run in found):
         alike = [run for run in found if tuple(run["losses"]) == head]
