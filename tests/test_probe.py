@@ -105,7 +105,7 @@ def test_the_same_tokens_are_guessed_with_each_length():
 def test_what_is_lost_with_less_text(run, made, sample):
     folder = made("tiny")
     folders = folder, made("short", block_size=16)
-    status, said = run(probe, "context", *folders, "--windows", 9, "--json", "c.json")
+    status, said = run(probe, "context", *folders, "--windows", 9, "--json", "c.json", "--png", "new/c.png")
     found = json.loads(Path("c.json").read_text())[0]["losses"]
     assert status == 0 and list(found) == [*[f"at most {n}" for n in (2, 4, 8, 16, 32)], "all 64"]
     rows = windows(sample, 9)
@@ -115,6 +115,7 @@ def test_what_is_lost_with_less_text(run, made, sample):
     few = known_losses(folder, pieces)[:, 2:].reshape(9, -1).mean(axis=1)
     assert found["at most 4"][0] == pytest.approx((few - whole).mean(), rel=1e-4)
     assert said.count("| tokens |") == 2  # a table for each length
+    assert Path("new/c.png").stat().st_size > 5000
 
 
 def test_losses_of_what_a_window_has_had_before(run, made, sample):
@@ -128,13 +129,13 @@ def test_losses_of_what_a_window_has_had_before(run, made, sample):
             pairs = list(zip(row[: at - 1], row[1:at], strict=True))
             seen = "token seen" if row[at] in row[:at] else "new"
             losses["pair seen" if (row[at - 1], row[at]) in pairs else seen].append(loss)
-    assert "gain by repetition" in said and len(found.pop("gain by repetition")) == 2
+    assert "gain by order" in said and len(found.pop("gain by order")) == 2
     assert status == 0 and {name: mean for name, (mean, _) in found.items()} == pytest.approx(
         {name: statistics.mean(each) for name, each in losses.items()}, rel=1e-5)
     assert all(0 < half < 1 for _, half in found.values()) and "| pair seen |" in said
 
 
-def test_what_copies_gains_by_repetition():
+def test_what_copies_gains_by_the_order_of_what_comes_again():
     class Copier(torch.nn.Module):
         """Sure of the token after the last one's place before, if there is one."""
 

@@ -22,7 +22,7 @@ import tyro
 import fineweb
 from fineweb import fail
 from tools.common import load_script, make_folder, parse, short, table
-from tools.compare import comparison, stats
+from tools.compare import comparison, plots, stats
 
 TOKENS_AT_ONCE = 8192  # of a forward pass
 REPEATED = 32  # random tokens, which come twice
@@ -54,6 +54,8 @@ class Position:
 @dataclasses.dataclass
 class Context(Position):
     """What is lost in the second half of each window with at most 2, 4, 8 … tokens to go by."""
+
+    png: Path | None = None  # draw the losses themselves there
 
 
 @dataclasses.dataclass
@@ -186,14 +188,28 @@ def by_recall(each, rows):
 
 
 def by_repetition(model, vocab_size, length):
-    """[what a model gains, half of its interval] on random tokens (64, length) the second time they come.
+    """[what a model gains, half of its interval] where random tokens come again in order, and not shuffled.
 
-    In nats, the mean over them: nothing but copying helps there, as the heads do that Olsson et al., 2022,
-    "In-context Learning and Induction Heads", find by it.
+    In nats, the mean over (64, length) tokens: nothing but copying helps there, as the heads do that Olsson et
+    al., 2022, "In-context Learning and Induction Heads", find by repetition.
     """
-    once = torch.randint(vocab_size, (64, length), generator=torch.Generator().manual_seed(0))
-    each = losses(model, torch.cat((once, once, once[:, :1]), dim=1))
-    return mean_and_half(each[:, :length].mean(axis=1) - each[:, length:].mean(axis=1))
+    generator = torch.Generator().manual_seed(0)
+    once = torch.randint(vocab_size, (64, length), generator=generator)
+    shuffled = once[:, torch.randperm(length, generator=generator)]
+    again = [losses(model, torch.cat((once, twice), dim=1))[:, length:] for twice in (once, shuffled)]
+    return mean_and_half((again[1] - again[0]).mean(axis=1))
+
+
+def draw_context(path, found):
+    """Writes a picture of what probe_windows has found of the context, a curve a run."""
+    curves = {}
+    for run in found:
+        *lost, (whole, _) = run["losses"].values()
+        means = [*(whole + more for more, _ in lost), whole]
+        curves[run["run"]] = [(power, mean, 0.0) for power, mean in enumerate(means, 1)]
+    make_folder(path.parent)
+    title = "The loss with at most 2, 4, 8 … tokens to go by"
+    plots.draw_curves(path, title, "tokens, as a power of 2", "nats per token", curves)
 
 
 def probe_windows(args):
@@ -212,7 +228,7 @@ def probe_windows(args):
             measured = by_recall(each, rows.numpy()) if isinstance(args, Recall) else by_position(each)
         if isinstance(args, Recall):
             length = min(REPEATED, config.block_size // 2)
-            measured["gain by repetition"] = by_repetition(model, config.vocab_size, length)
+            measured["gain by order"] = by_repetition(model, config.vocab_size, length)
         found.append(facts | {"windows": len(rows), "losses": measured})
     for head in dict.fromkeys(tuple(run["losses"]) for run in found):
         alike = [run for run in found if tuple(run["losses"]) == head]
@@ -220,6 +236,8 @@ def probe_windows(args):
         rows = [[run["run"], *each] for run, each in zip(alike, cells, strict=True)]
         print(table(["tokens", *head], rows))
     write_json(args.json, found)
+    if isinstance(args, Context) and args.png:
+        draw_context(args.png, found)
 
 
 def score(folder, most):
