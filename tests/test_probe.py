@@ -243,7 +243,8 @@ def test_mistakes_are_one_line(run, made, sample, tmp_path):
 
 
 def test_a_real_run_without_a_copy_of_its_script(run, sample):
-    assert run(train_gpt2, *SMALL, f"--data_dir={sample}", "--val_tokens=1000000", "--max_steps=1", "--run_name=a")[0] == 0
+    options = [*SMALL, f"--data_dir={sample}", "--val_tokens=1000000", "--max_steps=1", "--run_name=a"]
+    assert run(train_gpt2, *options)[0] == 0
     Path("log/a/train_gpt2.py").unlink()
     status, _ = run(probe, "position", "log/a", "--windows", 1_000_000, "--json", "p.json")  # all there are
     (found,) = json.loads(Path("p.json").read_text())

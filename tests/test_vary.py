@@ -277,7 +277,7 @@ def test_token_shift_is_that_of_its_equation_and_none_with_a_share_of_0(name):
     assert torch.equal(model(tokens(2, 20))[0], plain(tokens(2, 20))[0])
 
 
-@pytest.mark.parametrize(("name", "part", "off"), [("rwkv-noshift", "mix", 0.0), ("rwkv-novfirst", "v0", -1e4)])
+@pytest.mark.parametrize("name, part, off", [("rwkv-noshift", "mix", 0.0), ("rwkv-novfirst", "v0", -1e4)])
 def test_rwkv_without_a_part_is_rwkv_with_it_turned_off(name, part, off):
     whole = train_rwkv.Model(tiny(train_rwkv))
     for key, value in whole.state_dict().items():

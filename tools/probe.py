@@ -190,8 +190,8 @@ def by_recall(each, rows):
 def by_repetition(model, vocab_size, length):
     """[what a model gains, half of its interval] where random tokens come again in order, and not shuffled.
 
-    In nats, the mean over (64, length) tokens: nothing but copying helps there, as the heads do that Olsson et
-    al., 2022, "In-context Learning and Induction Heads", find by repetition.
+    In nats, the mean over (64, length) tokens: nothing but copying helps there, as the heads do that
+    Olsson et al., 2022, "In-context Learning and Induction Heads", find by repetition.
     """
     generator = torch.Generator().manual_seed(0)
     once = torch.randint(vocab_size, (64, length), generator=generator)
