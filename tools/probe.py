@@ -223,12 +223,12 @@ def probe_windows(args):
         facts = {"run": folder.name, "step": checkpoint["step"], "data": checkpoint["data"]["fingerprint"]}
         if isinstance(args, Context):
             measured = by_context(model, rows)
-        else:
-            each = losses(model, rows)
-            measured = by_recall(each, rows.numpy()) if isinstance(args, Recall) else by_position(each)
-        if isinstance(args, Recall):
+        elif isinstance(args, Recall):
+            measured = by_recall(losses(model, rows), rows.numpy())
             length = min(REPEATED, config.block_size // 2)
             measured["gain by order"] = by_repetition(model, config.vocab_size, length)
+        else:
+            measured = by_position(losses(model, rows))
         found.append(facts | {"windows": len(rows), "losses": measured})
     for head in dict.fromkeys(tuple(run["losses"]) for run in found):
         alike = [run for run in found if tuple(run["losses"]) == head]
