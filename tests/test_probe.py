@@ -231,6 +231,8 @@ def test_mistakes_are_one_line(run, made, sample, tmp_path):
         (["context", made("odd", block_size=24)], "24 tokens"),
         (["position", made("other", fingerprint="x")], "other data"),
         (["position", good, "--windows", 1], "--windows"),
+        (["position", good, "--json", "."], "is a folder"),
+        (["context", good, "--png", "."], "is a folder"),
         (["documents", good, made("short", block_size=16), "--tokens", 4096], "same documents"),
         (["ngrams", "--data_dir", sample, "--largest", 8], "--largest 8"),
     ):

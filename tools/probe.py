@@ -209,7 +209,8 @@ def draw_context(path, found):
         curves[run["run"]] = [(power, mean, 0.0) for power, mean in enumerate(means, 1)]
     make_folder(path.parent)
     title = "The loss with at most 2, 4, 8 … tokens to go by"
-    plots.draw_curves(path, title, "tokens, as a power of 2", "nats per token", curves)
+    with fineweb.one_line(f"{path} can't be written"):
+        plots.draw_curves(path, title, "tokens, as a power of 2", "nats per token", curves)
 
 
 def probe_windows(args):
@@ -388,6 +389,9 @@ def probe_ngrams(args):
 
 def main():
     args = parse(Documents | Position | Context | Recall | Ngrams, "tools.probe", __doc__)
+    for path in (getattr(args, "json", None), getattr(args, "png", None)):
+        if path and path.is_dir():
+            fail(f"{path} is a folder: name a file in it")
     if isinstance(args, Documents):
         probe_documents(args)
     elif isinstance(args, Ngrams):

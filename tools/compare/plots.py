@@ -68,7 +68,7 @@ def finish(figure, axis, path, curves):
     by_end = sorted(zip(handles, labels, strict=True), key=lambda each: -curves[each[1]][-1][1])
     axis.legend(*zip(*by_end, strict=True), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     pyplot().close(figure)
 
 
