@@ -17,7 +17,7 @@ KEY = ("cloze", "nanogpt")
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    for name in ("draw_group", "draw_effects", "draw_scaling"):
+    for name in ("draw_group", "draw_effects", "draw_scaling", "draw_before"):
         monkeypatch.setattr(plots, name, lambda *given: [])
 
 
@@ -480,6 +480,18 @@ def test_losses_at_equal_cost(say):
     assert made["wide – gpt2"][-2:] == ["+0.1167 ± 0.0717"] * 2  # differences 0.1, 0.15, 0.1
 
 
+def test_losses_before_a_change_are_beside_those_of_the_same_entries(say):
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("rope", (2.9, 3.0, 2.8))
+    before = make_entry("gpt2", (3.2, 3.3, 3.1), base=None) + make_entry("rope", [2.95], steps=100)
+    before += make_entry("other", [1.0], base=None) + make_entry("gpt2", [1.0], base=None, size="2.7M")
+    assert "before and after" not in say(runs)
+    said = say(runs, before=before).split("### s at 0.8M, before and after")[1].split("<details>")[0]
+    made = table_rows(said)
+    assert made["gpt2"] == ["3.2000 ± 0.2484", "3.0000 ± 0.2484"]
+    assert made["rope"] == ["2.9500", "2.9000 ± 0.2484"] and "other" not in made
+    assert "rope before: max_steps 100, not 200." in said and "gpt2 before" not in said
+
+
 def test_a_report_of_some_of_the_evidence(compare):
     status, said = compare(ROOT / "results/first-round", "--only", "gpt2", "deepseek", "llama")
     made = table_rows(said)
@@ -493,9 +505,9 @@ def test_a_report_of_some_of_the_evidence(compare):
 def test_pictures_are_drawn_and_the_report_shows_them(tmp_path, monkeypatch, capsys):
     runs = make_sizes("gpt2", 0.06, None) + make_sizes("llama", 0.08)
     plain = [reading.read_run(write_run(tmp_path / f"log/{seed}", seed=seed)) for seed in (1, 2)]
-    markdown = report.write_report(tmp_path / "report", runs + plain)
+    markdown = report.write_report(tmp_path / "report", runs + plain, before=runs[:1])
     drawn = list((tmp_path / "report").glob("*.png"))
-    assert len(drawn) == markdown.count("![") == 2 + 3 * 3 + 4
+    assert len(drawn) == markdown.count("![") == 2 + 3 * 3 + 1 + 4
     for path in drawn:
         assert f"]({path.name})" in markdown and path.stat().st_size > 5000
     assert (tmp_path / "report/leaderboard.md").read_text() == markdown

@@ -5,6 +5,7 @@ Which model is better, by how much, and is it significant?
     python -m tools.compare results/controls log/mine    # and a collection
     python -m tools.compare results/controls --only rwkv llama    # of these alone
     python -m tools.compare log/mine-? --collect results/mine   # one file
+    python -m tools.compare results/b --before results/a   # what a change did
 
 Reads each run's log.jsonl and its predictions, and collections, which
 tools.study makes: many runs in one runs.jsonl. Runs of the same script, to the

@@ -17,6 +17,7 @@ class Args:
     only: tuple[str, ...] = ()  # these architectures, or entries of a study, alone
     out: Path = Path("report")  # folder of the report
     shorter: tuple[Path, ...] = ()  # runs of the same models with fewer tokens, for losses at equal cost
+    before: tuple[Path, ...] = ()  # runs of the same study before a change of the scripts, to lay beside
     collect: Path | None = None  # add the finished runs to this collection instead
 
 
@@ -65,8 +66,9 @@ def main():
         collect(args.collect, runs)
     else:
         shorter, unread = reading.read_all(args.shorter)
-        left_out += unread
-        markdown = report.write_report(args.out, runs, left_out, args.only, shorter)
+        before, unread_before = reading.read_all(args.before)
+        left_out += unread + unread_before
+        markdown = report.write_report(args.out, runs, left_out, args.only, shorter, before)
         report.show(markdown, whole=not any(run.study for run in runs))
         print(f"with pictures: {args.out}/leaderboard.md")
     if left_out:

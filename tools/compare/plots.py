@@ -121,6 +121,25 @@ def draw_effects(path, title, against):
     pyplot().close(figure)
 
 
+def draw_before(path, title, pairs):
+    """Writes one PNG of pairs of Groups, before and after: their losses with 95% intervals, a row each."""
+    figure, axis = pyplot().subplots(figsize=(6.4, 1.2 + 0.4 * len(pairs)), layout="constrained")
+    for number, (when, colour, marker) in enumerate((("before", "#777777", "o"), ("after", "#0072B2", "s"))):
+        losses = [list(pair[number].losses().values()) for pair in pairs]
+        means = [statistics.mean(each) for each in losses]
+        halves = [stats.half_interval(each) or 0.0 for each in losses]
+        places = np.arange(len(pairs)) + 0.3 * number - 0.15
+        axis.errorbar(means, places, xerr=halves, color=colour, marker=marker, ls="", capsize=3, label=when)
+    axis.set_yticks(range(len(pairs)), [after.name for _, after in pairs])
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_xlabel("validation loss, nats per token, with 95% intervals", fontsize=9)
+    axis.set_title(title, fontsize=11)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot().close(figure)
+
+
 def draw_scaling(path, title, xlabel, curves):
     """Writes one PNG of losses against size on two logarithmic axes, with 95% intervals as bars and bands.
 

@@ -3,7 +3,7 @@ import html
 import re
 import statistics
 
-from tools.common import make_folder
+from tools.common import make_folder, table
 from tools.compare import comparison, plots, stats, tables
 from tools.compare.comparison import fair_groups
 from tools.compare.runs import group_runs, size_in_numbers, without_repeats
@@ -142,7 +142,28 @@ def selection_blocks(out, title, groups, shorter):
     return blocks + (folded(f"{title}: all of it, ranked", ranked) if against else ranked)
 
 
-def size_blocks(out, title, runs, shorter):
+def before_blocks(out, title, groups, before):
+    """Blocks on the losses of Groups of one size beside those that runs of the same entries had before."""
+    study = groups[0].first.study
+    alike = [run for run in before if run.study and run.finished]
+    alike = [run for run in alike if all(run.study[key] == study[key] for key in ("name", "size"))]
+    earlier = {group.place: group for group in group_runs(alike)}
+    pairs = [(earlier[group.place], group) for group in groups if group.place in earlier]
+    if not pairs:
+        return []
+    pairs.sort(key=lambda pair: pair[1].mean())
+    file = file_name("before", title) + ".png"
+    plots.draw_before(out / file, title, pairs)
+    rows = [[new.name, tables.mean_cell(old.losses()), tables.mean_cell(new.losses())] for old, new in pairs]
+    differing = [(new.name, comparison.unequal_conditions(old, new)) for old, new in pairs]
+    return [
+        f"### {title}, before and after\n\n![the losses before and after]({file})",
+        table(["model", "before", "after"], rows),
+        *[f"{name} before: {'; '.join(unequal)}." for name, unequal in differing if unequal],
+    ]
+
+
+def size_blocks(out, title, runs, shorter, before):
     """(blocks on the runs of one study and size, the Groups at rate 1)."""
     entries = {}
     for group in sorted(group_runs([run for run in runs if run.finished]), key=lambda group: group.place):
@@ -150,6 +171,7 @@ def size_blocks(out, title, runs, shorter):
     tuned = [tables.tuned_group(of_entry) for of_entry in entries.values()]
     at_one = [group for of_entry in entries.values() for group in of_entry if group.place[1] == 1]
     blocks = selection_blocks(out, title, at_one, shorter) if at_one else []
+    blocks += before_blocks(out, title, at_one, before) if at_one else []
     if any(group.place[1] != 1 for group in tuned):
         blocks += [*selection_blocks(out, f"{title}, tuned lr", tuned, shorter), TUNED]
     blocks += tables.rates_parts(entries)
@@ -187,13 +209,13 @@ def scaling(out, study, sizes):
     return blocks
 
 
-def study_blocks(out, study, runs, shorter):
+def study_blocks(out, study, runs, shorter, before):
     """Blocks on the runs of one study, its sizes from the smallest."""
     blocks = []
     sizes = []
     for size in sorted({run.study["size"] for run in runs}, key=lambda size: (size_in_numbers(size), size)):
         of_size = [run for run in runs if run.study["size"] == size]
-        more, at_one = size_blocks(out, f"{study} at {size}", of_size, shorter)
+        more, at_one = size_blocks(out, f"{study} at {size}", of_size, shorter, before)
         blocks += more
         sizes += [at_one] if at_one else []
     return scaling(out, study, sizes) + blocks
@@ -203,11 +225,11 @@ def study_blocks(out, study, runs, shorter):
 # The report
 
 
-def write_report(out, runs, left_out=(), chosen=(), shorter=()):
+def write_report(out, runs, left_out=(), chosen=(), shorter=(), before=()):
     """Writes the tables and pictures on Runs into a folder; returns the Markdown.
 
     left_out: [(where, why)] on what could not be read; chosen: the names that --only gave; shorter: runs
-    of the same models with fewer tokens.
+    of the same models with fewer tokens; before: of the same entries, trained before a change.
     """
     make_folder(out)
     blocks = ["# Which is better, and is it significant?"]
@@ -217,7 +239,7 @@ def write_report(out, runs, left_out=(), chosen=(), shorter=()):
     runs, repeats = without_repeats(runs)
     for study in sorted({run.study["name"] for run in runs if run.study}):
         of_study = [run for run in runs if run.study and run.study["name"] == study]
-        blocks += study_blocks(out, study, of_study, shorter)
+        blocks += study_blocks(out, study, of_study, shorter, before)
     plain = [run for run in runs if not run.study]
     if plain:
         blocks += ["## Runs of no study"] if len(plain) < len(runs) else []
