@@ -204,6 +204,23 @@ def test_a_token_enters_the_first_block_at_unit_size():
     close(seen[0], reference.rms_norm(model.wte.weight[ids], model.norm0.weight))
 
 
+def test_values_are_the_mean_of_a_layers_own_and_the_first_layers():
+    model = make(load("llama-vfirst")).eval()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    model(tokens(2, 48))
+    assert seen[0] is None and seen[1] is not None and all(each is seen[1] for each in seen[1:])
+    twin = train_llama.Model(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for each in (model, twin):
+            each.blocks[0].attention.v.weight.zero_()
+        for block in twin.blocks:
+            block.attention.v.weight.mul_(0.5)
+    close(model(tokens(2, 48))[0], twin(tokens(2, 48))[0])
+
+
 def test_gpt2_with_four_changes_is_llama():
     """With a head of keys and values for each query head: the same names, the same function."""
     model = make(load("gpt2-rope", "gpt2-rmsnorm", "gpt2-swiglu", "gpt2-nobias")).eval()
