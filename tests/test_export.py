@@ -20,6 +20,7 @@ from tools.export import tokenizer as tokenizers
 from tools.export import weights, write
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 SCRIPTS = [*weights.HF_CLASSES, "rwkv", "mta"]
 IMPORTED = [name for name in weights.HF_CLASSES if name != "deepseek"]
 END = 256  # of the vocabulary of bytes, <|endoftext|>
@@ -80,6 +81,8 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, tmp_path, run):
         assert_close(model(idx)[0][..., :257], theirs(idx).logits)
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert OLDER[name].items() <= config.items() and config["vocab_size"] == 257
+    names = set(safetensors.load_file(tmp_path / "hf/model.safetensors"))
+    assert ("h.0.ln_1.weight" in names) == (name == "gpt2")  # as OpenAI's file and mlx-lm have it
     files = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     assert files["tokenizer_class"] == "PreTrainedTokenizerFast"  # the name that transformers 4 knows
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -367,16 +370,14 @@ def test_mistakes_are_one_line(tmp_path, run, capsys):
     ({"vocab_size": 300}, "a vocabulary of 300"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(change, expected, tmp_path, run):
-    from safetensors.torch import load_file, save_file
-
     model = small_gpt2(**(change if isinstance(change, dict) else {}))
     model.save_pretrained("hf")
-    tensors = load_file("hf/model.safetensors")
+    tensors = safetensors.load_file("hf/model.safetensors")
     if change == "lacks":  # transformers would fill it in with random ones
         del tensors["transformer.h.1.mlp.c_fc.weight"]
     if change == "two heads":  # by the config it is one
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 0.01
-    save_file(tensors, "hf/model.safetensors", {"format": "pt"})
+    safetensors.save_file(tensors, "hf/model.safetensors", {"format": "pt"})
     status, said = run(export, "--from", "hf", "--out", "log/in")
     assert status == 1 and expected in said.splitlines()[-1] and not Path("log").exists()
 

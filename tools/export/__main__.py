@@ -7,7 +7,7 @@ A finished run for use elsewhere, and others' weights for use here.
                                      # train_gpt2.py's --sample and --eval
 
 GPT-2, LLaMA, Mistral, Gemma and DeepSeek become transformers' own classes, which
-llama.cpp's converter and CTranslate2 read as well, where they know the class;
+llama.cpp's converter, CTranslate2 and MLX read as well, where they know the class;
 RWKV-7 becomes the .pth of the package rwkv, MTA a file with our names.
 --from takes GPT-2, LLaMA, Mistral and Gemma of transformers, by folder or name,
 and GPT-2 of nanoGPT (ckpt.pt) and llm.c (.bin), with GPT-2's vocabulary.
