@@ -481,15 +481,16 @@ def test_losses_at_equal_cost(say):
 
 
 def test_losses_before_a_change_are_beside_those_of_the_same_entries(say):
-    runs = make_entry("gpt2", BASE, base=None) + make_entry("rope", (2.9, 3.0, 2.8))
-    before = make_entry("gpt2", (3.2, 3.3, 3.1), base=None) + make_entry("rope", [2.95], steps=100)
+    runs = make_entry("gpt2", BASE, base=None) + make_entry("rope", (2.9, 3.0, 2.8), rate=4.0)
+    before = make_entry("gpt2", (3.2, 3.3, 3.1), base=None) + make_entry("rope", [2.95], rate=4.0, steps=100)
+    before += make_entry("rope", [1.0])
     before += make_entry("other", [1.0], base=None) + make_entry("gpt2", [1.0], base=None, size="2.7M")
     assert "before and after" not in say(runs)
     said = say(runs, before=before).split("### s at 0.8M, before and after")[1].split("<details>")[0]
     made = table_rows(said)
     assert made["gpt2"] == ["3.2000 ± 0.2484", "3.0000 ± 0.2484"]
-    assert made["rope"] == ["2.9500", "2.9000 ± 0.2484"] and "other" not in made
-    assert "rope before: max_steps 100, not 200." in said and "gpt2 before" not in said
+    assert made["rope, lr x4"] == ["2.9500", "2.9000 ± 0.2484"] and not {"rope", "other"} & set(made)
+    assert "rope, lr x4 before: max_steps 100, not 200." in said and "gpt2 before" not in said
 
 
 def test_a_report_of_some_of_the_evidence(compare):
@@ -500,6 +501,8 @@ def test_a_report_of_some_of_the_evidence(compare):
     assert pair[0] == "-0.3743 ± 0.0395" and pair[2] == "better" and pair[5] == "-0.4008 ± 0.0297"
     status, said = compare(ROOT / "results/first-round", "--only", "lama")
     assert status == 1 and "--only lama" in said
+    status, said = compare(ROOT / "results/letters", "--before", ROOT / "results/budget")
+    assert status == 1 and "--before" in said and said.count("\n") == 1
 
 
 def test_pictures_are_drawn_and_the_report_shows_them(tmp_path, monkeypatch, capsys):

@@ -68,6 +68,10 @@ def main():
         shorter, unread = reading.read_all(args.shorter)
         before, unread_before = reading.read_all(args.before)
         left_out += unread + unread_before
+        places = [{(run.study["name"], run.study["size"], run.study["entry"]) for run in each if run.study}
+                  for each in (runs, before)]  # fmt: skip
+        if args.before and not set.intersection(*places):
+            fineweb.fail("--before: no run there is of a study, size and entry that is here")
         markdown = report.write_report(args.out, runs, left_out, args.only, shorter, before)
         report.show(markdown, whole=not any(run.study for run in runs))
         print(f"with pictures: {args.out}/leaderboard.md")

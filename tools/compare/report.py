@@ -143,15 +143,12 @@ def selection_blocks(out, title, groups, shorter):
 
 
 def before_blocks(out, title, groups, before):
-    """Blocks on the losses of Groups of one size beside those that runs of the same entries had before."""
-    study = groups[0].first.study
-    alike = [run for run in before if run.study and run.finished]
-    alike = [run for run in alike if all(run.study[key] == study[key] for key in ("name", "size"))]
-    earlier = {group.place: group for group in group_runs(alike)}
+    """Blocks on the losses of Groups of one size beside those that their entries had before, rate by rate."""
+    earlier = {group.place: group for group in group_runs(before)}
+    groups = sorted(groups, key=lambda group: group.mean())
     pairs = [(earlier[group.place], group) for group in groups if group.place in earlier]
     if not pairs:
         return []
-    pairs.sort(key=lambda pair: pair[1].mean())
     file = file_name("before", title) + ".png"
     plots.draw_before(out / file, title, pairs)
     rows = [[new.name, tables.mean_cell(old.losses()), tables.mean_cell(new.losses())] for old, new in pairs]
@@ -169,14 +166,14 @@ def size_blocks(out, title, runs, shorter, before):
     for group in sorted(group_runs([run for run in runs if run.finished]), key=lambda group: group.place):
         entries.setdefault(group.place[0], []).append(group)
     tuned = [tables.tuned_group(of_entry) for of_entry in entries.values()]
-    at_one = [group for of_entry in entries.values() for group in of_entry if group.place[1] == 1]
+    groups = [group for of_entry in entries.values() for group in of_entry]
+    at_one = [group for group in groups if group.place[1] == 1]
     blocks = selection_blocks(out, title, at_one, shorter) if at_one else []
-    blocks += before_blocks(out, title, at_one, before) if at_one else []
     if any(group.place[1] != 1 for group in tuned):
         blocks += [*selection_blocks(out, f"{title}, tuned lr", tuned, shorter), TUNED]
     blocks += tables.rates_parts(entries)
-    wrong = suspects([group for of_entry in entries.values() for group in of_entry])
-    blocks += bullets("### Look at these runs before you believe the tables", wrong)
+    blocks += before_blocks(out, title, groups, before)
+    blocks += bullets("### Look at these runs before you believe the tables", suspects(groups))
     unfinished = [f"{run.folder.name}: at step {run.steps}" for run in runs if not run.finished]
     return blocks + bullets("### Left out", unfinished), at_one
 
@@ -215,7 +212,8 @@ def study_blocks(out, study, runs, shorter, before):
     sizes = []
     for size in sorted({run.study["size"] for run in runs}, key=lambda size: (size_in_numbers(size), size)):
         of_size = [run for run in runs if run.study["size"] == size]
-        more, at_one = size_blocks(out, f"{study} at {size}", of_size, shorter, before)
+        earlier = [run for run in before if run.finished and run.study["size"] == size]
+        more, at_one = size_blocks(out, f"{study} at {size}", of_size, shorter, earlier)
         blocks += more
         sizes += [at_one] if at_one else []
     return scaling(out, study, sizes) + blocks
@@ -237,9 +235,12 @@ def write_report(out, runs, left_out=(), chosen=(), shorter=(), before=()):
         blocks.append(f"Only {', '.join(chosen)}: p-values are corrected for these alone, so if they were "
                       "chosen after a look at the others, verdicts are too sure.")  # fmt: skip
     runs, repeats = without_repeats(runs)
+    before, again = without_repeats(before)
+    repeats += again
     for study in sorted({run.study["name"] for run in runs if run.study}):
         of_study = [run for run in runs if run.study and run.study["name"] == study]
-        blocks += study_blocks(out, study, of_study, shorter, before)
+        earlier = [run for run in before if run.study and run.study["name"] == study]
+        blocks += study_blocks(out, study, of_study, shorter, earlier)
     plain = [run for run in runs if not run.study]
     if plain:
         blocks += ["## Runs of no study"] if len(plain) < len(runs) else []

@@ -151,7 +151,7 @@ def write_hf(name, model, end, folder):
     # without max_length pipelines add 256 tokens, which may be more than the context
     theirs.generation_config.update(do_sample=True, top_k=50, max_length=config.block_size)
     theirs.config.update(weights.older_fields(name, config))
-    # without it, as in OpenAI's own file: transformers reads both, mlx-lm that alone
+    # GPT-2's names without their prefix, as in OpenAI's file: transformers reads both, mlx-lm those alone
     tensors = {key.removeprefix("transformer."): tensor for key, tensor in theirs.state_dict().items()}
     theirs.save_pretrained(folder, state_dict=tensors)
 
@@ -182,14 +182,14 @@ def losses_elsewhere(name, config):
     """Sentences on what is lost of an export, in the class or in other programs, or an empty string."""
     lost = []
     if name == "mistral" and config.window < config.block_size:
-        lost.append(f"Beyond {config.window} tokens llama.cpp and MLX, which leave out the window, and "
-                    "CTranslate2 4.8 give other logits.")  # fmt: skip
+        lost.append(f"Beyond {config.window} tokens llama.cpp and mlx-lm 0.32, which leave out the window, "
+                    "and CTranslate2 4.8 give other logits.")  # fmt: skip
     if name == "gemma" and config.window < config.block_size:
         lost.append(f"After prompts of more than {config.window} tokens CTranslate2 4.8 gives other logits.")
     if name == "gemma" and config.global_every != 6:
         lost.append(f"llama.cpp gives every sixth layer full attention, not every {config.global_every}.")
     if name == "deepseek":
-        lost.append("MLX doesn't load it, since its DeepSeek needs a head that isn't tied to the embedding.")
+        lost.append("mlx-lm 0.32 doesn't load it: its DeepSeek has a head that isn't tied to the embedding.")
     if name == "deepseek" and config.mtp_depth != "0":
         lost.append("The class lacks the prediction of a second token: its parameters are left out.")
     return " ".join(lost)
