@@ -129,7 +129,7 @@ def test_losses_of_what_a_window_has_had_before(run, made, sample):
             pairs = list(zip(row[: at - 1], row[1:at], strict=True))
             seen = "token seen" if row[at] in row[:at] else "new"
             losses["pair seen" if (row[at - 1], row[at]) in pairs else seen].append(loss)
-    assert "gain by order" in said and len(found.pop("gain by order")) == 2
+    assert "gain by order" in said and 0 < found.pop("chance in order")[0] < 1 > found.pop("gain by order")[0]
     assert status == 0 and {name: mean for name, (mean, _) in found.items()} == pytest.approx(
         {name: statistics.mean(each) for name, each in losses.items()}, rel=1e-5)
     assert all(0 < half < 1 for _, half in found.values()) and "| pair seen |" in said
@@ -148,11 +148,13 @@ def test_what_copies_gains_by_the_order_of_what_comes_again():
             after = torch.nn.functional.one_hot(idx.roll(-1, 1), 1000).float()  # (B, T, V)
             return self.scale * (same / same.sum(-1, keepdim=True).clamp(min=1)).float() @ after, None
 
-    gain, half = probe.by_repetition(Copier(), 1000, 32)
-    assert gain > 0.9 * math.log(1000) > 10 * half
+    text = torch.arange(1000).view(8, 125)
+    (gain, half), (chance, _) = probe.by_repetition(Copier(), text, 32).values()
+    assert gain > 0.9 * math.log(1000) > 10 * half and chance > 0.9
     model = Copier()
     model.scale.data.zero_()
-    assert probe.by_repetition(model, 1000, 32) == pytest.approx([0.0, 0.0], abs=1e-6)
+    gained, chance = probe.by_repetition(model, text, 32).values()
+    assert gained + chance == pytest.approx([0.0, 0.0, 1 / 1000, 0.0], abs=1e-6)
 
 
 # ---- documents

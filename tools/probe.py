@@ -25,7 +25,7 @@ from tools.common import load_script, make_folder, parse, short, table
 from tools.compare import comparison, plots, stats
 
 TOKENS_AT_ONCE = 8192  # of a forward pass
-REPEATED = 32  # random tokens, which come twice
+REPEATED = 32  # random tokens of the text, which come twice
 Runs = tyro.conf.Positional[tuple[Path, ...]]
 
 
@@ -187,17 +187,18 @@ def by_recall(each, rows):
     return found
 
 
-def by_repetition(model, vocab_size, length):
-    """[what a model gains, half of its interval] where random tokens come again in order, and not shuffled.
+def by_repetition(model, rows, length):
+    """{"gain by order": [mean, half of its interval], "chance in order": [mean, half]} of 64 repetitions.
 
-    In nats, the mean over (64, length) tokens: nothing but copying helps there, as the heads do that
-    Olsson et al., 2022, "In-context Learning and Induction Heads", find by repetition.
+    Random tokens of windows (n, T + 1) come again: how much lower the loss is in order than shuffled, and
+    the probability of the right token in order. Olsson et al., 2022, find heads that copy in this way.
     """
     generator = torch.Generator().manual_seed(0)
-    once = torch.randint(vocab_size, (64, length), generator=generator)
+    once = rows.flatten()[torch.randint(rows.numel(), (64, length), generator=generator)]
     shuffled = once[:, torch.randperm(length, generator=generator)]
     again = [losses(model, torch.cat((once, twice), dim=1))[:, length:] for twice in (once, shuffled)]
-    return mean_and_half((again[1] - again[0]).mean(axis=1))
+    each = {"gain by order": again[1] - again[0], "chance in order": np.exp(-again[0])}
+    return {name: mean_and_half(values.mean(axis=1)) for name, values in each.items()}
 
 
 def draw_context(path, found):
@@ -226,8 +227,7 @@ def probe_windows(args):
             measured = by_context(model, rows)
         elif isinstance(args, Recall):
             measured = by_recall(losses(model, rows), rows.numpy())
-            length = min(REPEATED, config.block_size // 2)
-            measured["gain by order"] = by_repetition(model, config.vocab_size, length)
+            measured |= by_repetition(model, rows, min(REPEATED, config.block_size // 2))
         else:
             measured = by_position(losses(model, rows))
         found.append(facts | {"windows": len(rows), "losses": measured})
