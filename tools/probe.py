@@ -211,7 +211,7 @@ def draw_context(path, found):
     make_folder(path.parent)
     title = "The loss with at most 2, 4, 8 … tokens to go by"
     with fineweb.one_line(f"{path} can't be written"):
-        plots.draw_curves(path, title, "tokens, as a power of 2", "nats per token", curves)
+        plots.draw_curves(path, title, "tokens to go by (log2)", "nats per token", curves)
 
 
 def probe_windows(args):
